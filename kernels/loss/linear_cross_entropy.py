@@ -1,0 +1,118 @@
+"""lm_head and cross-entropy in chunks of rows, with the gradient taken in the forward pass.
+
+Logits [tokens, V] would be the largest array of a training step (2 GiB for 4096 tokens of Llama 3 in float32, several
+times over). The loss of a row depends on its own logits alone, so a loop over chunks of rows computes logits, loss and
+gradient of one chunk, keeps the gradient with respect to the inputs, [tokens, D], and forgets the logits. Backward then
+only scales what forward kept.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.kernels.nf4 import NF4Weight, lora_matmul
+
+__all__ = ["IGNORE_INDEX", "Head", "linear_cross_entropy"]
+
+IGNORE_INDEX = -100  # the label that marks a token without loss, as in PyTorch
+_CHUNK_LOGITS = 2**26  # logits of one chunk: 256 MiB in float32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The weights of lm_head. Gradients are taken for `trained`, `a` and `b`; the base weight is frozen."""
+
+    weight: jax.Array | NF4Weight  # [V, D], frozen
+    trained: jax.Array | None = None  # [V, D], a copy that is trained and used in place of `weight`
+    a: jax.Array | None = None  # LoRA factor [D, R]
+    b: jax.Array | None = None  # LoRA factor [R, V]
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})  # factor of the LoRA product
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})  # c in c tanh(logits / c)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Logits [..., V] in float32 of hidden states x [..., D]."""
+        if self.trained is not None:
+            dims = (((x.ndim - 1,), (1,)), ((), ()))
+            raw = jax.lax.dot_general(x, self.trained.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+        elif self.a is None and isinstance(self.weight, jax.Array):
+            dims = (((x.ndim - 1,), (1,)), ((), ()))
+            raw = jax.lax.dot_general(x, self.weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+        else:
+            raw = lora_matmul(x, self.weight, self.a, self.b, self.scale).astype(jnp.float32)
+        return raw if self.softcap is None else self.softcap * jnp.tanh(raw / self.softcap)
+
+
+def linear_cross_entropy(
+    x: jax.Array, head: Head, labels: jax.Array, *, chunk: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the negative log-likelihoods of `labels` under softmax(head(x)), and how many labels count.
+
+    Args:
+      x: hidden states [M, D] after the final norm.
+      head: lm_head; gradients flow to x and to the trained parts of the head.
+      labels: int32 [M], the token that each row should predict, or IGNORE_INDEX for none.
+      chunk: rows whose logits exist at once; None for as many as fit 256 MiB.
+
+    Returns:
+      (sum of the losses in nats, float32 []; number of labels that are not IGNORE_INDEX, int32 []).
+
+    Raises:
+      ValueError: shapes do not fit.
+    """
+    vocab, dim = head.weight.shape
+    if x.ndim != 2 or x.shape[1] != dim or labels.shape != x.shape[:1]:
+        raise ValueError(
+            f"linear_cross_entropy: a head of [V, D] = [{vocab}, {dim}] wants x [M, {dim}] and labels [M]; "
+            f"got x {x.shape}, labels {labels.shape}"
+        )
+    if chunk is None:
+        chunk = max(128, 1 << (_CHUNK_LOGITS // vocab).bit_length() - 1)
+    chunk = min(chunk, len(labels))
+    padding = -len(labels) % chunk
+    x = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, chunk, dim)
+    labels = jnp.pad(labels, (0, padding), constant_values=IGNORE_INDEX).reshape(-1, chunk)
+    trained = (head.trained, head.a, head.b)
+    loss = _chunked(x, trained, head, labels)
+    return loss, jnp.sum(labels != IGNORE_INDEX, dtype=jnp.int32)
+
+
+def _chunk_loss(x, trained, head, labels):
+    """Loss of one chunk: x [C, D], labels [C]."""
+    head = dataclasses.replace(head, trained=trained[0], a=trained[1], b=trained[2])
+    logits = head.logits(x)
+    counted = labels != IGNORE_INDEX
+    target = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[:, None], axis=1)[:, 0]
+    return jnp.sum(jnp.where(counted, jax.nn.logsumexp(logits, axis=1) - target, 0.0))
+
+
+@jax.custom_vjp
+def _chunked(x, trained, head, labels):
+    def body(total, chunk):
+        return total + _chunk_loss(chunk[0], trained, head, chunk[1]), None
+
+    return jax.lax.scan(body, jnp.float32(0), (x, labels))[0]
+
+
+def _chunked_fwd(x, trained, head, labels):
+    def body(carry, chunk):
+        total, grads = carry
+        chunk_loss = functools.partial(_chunk_loss, head=head, labels=chunk[1])
+        value, (dx, dtrained) = jax.value_and_grad(chunk_loss, argnums=(0, 1))(chunk[0], trained)
+        grads = jax.tree.map(lambda total, new: total + new.astype(total.dtype), grads, dtrained)
+        return (total + value, grads), dx
+
+    # Sums over chunks are kept in float32 whatever the dtype of the parameters.
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
+    (total, grads), dx = jax.lax.scan(body, (jnp.float32(0), zeros), (x, labels))
+    return total, (dx, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained))
+
+
+def _chunked_bwd(residuals, cotangent):
+    dx, dtrained = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), residuals)
+    return dx, dtrained, None, None
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)

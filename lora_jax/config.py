@@ -1,0 +1,331 @@
+"""`SFTConfig`: the settings of a training run, under Hugging Face's and TRL's names.
+
+A script written for `trl.SFTConfig` keeps its arguments. Each name falls in one of four groups: a field below does what
+it does in Hugging Face; an alias is another name for a field; a name that only concerns torch is accepted with a note;
+everything else is refused, with the nearest valid name or with what to do instead. Nothing is ignored in silence.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw", "adamw_hf", "adamw_jax")
+_ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit")
+_REPORTERS = ("none", "jsonl")
+
+_ALIASES = {"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy"}
+
+# Names of the torch world that have nothing to act on here. Accepted, and said once.
+_NO_EFFECT = {
+    "dataloader_num_workers": "batches are prepared while the device runs",
+    "dataloader_pin_memory": "JAX has no pinned-memory loader",
+    "dataloader_persistent_workers": "there are no loader processes",
+    "dataloader_prefetch_factor": "there are no loader processes",
+    "dataset_num_proc": "rows are tokenized in this process",
+    "remove_unused_columns": "columns that are not needed are never read",
+    "ddp_find_unused_parameters": "there is no DistributedDataParallel",
+    "ddp_timeout": "there is no DistributedDataParallel",
+    "gradient_checkpointing_kwargs": "recomputation is chosen by gradient_checkpointing alone",
+    "tf32": "matmul precision follows the model's dtype",
+    "run_name": "it names runs of trackers, and none is used",
+    "log_level": "messages are few and always shown",
+    "skip_memory_metrics": "memory is read from the device at no cost",
+    "torch_empty_cache_steps": "there is no torch cache",
+    "use_cache": "training never builds a KV cache",
+    "optim_args": "AdamW takes its arguments from adam_beta1, adam_beta2, adam_epsilon and weight_decay",
+}
+
+# Names whose request cannot be honoured: {name: (values that ask for nothing, what to do instead)}.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "fp16": ((False, None), "use bf16=True; float16 would need loss scaling"),
+    "torch_compile": ((False, None), "leave it out: the step is compiled by XLA anyway"),
+    "deepspeed": ((None, ""), "leave it out; LoRA state is small"),
+    "fsdp": ((None, "", []), "leave it out"),
+    "push_to_hub": ((False, None), "upload the folder written by save_model() with huggingface_hub"),
+    "load_best_model_at_end": ((False, None), "load the checkpoint whose eval_loss in metrics.jsonl is least"),
+    "neftune_noise_alpha": ((None, 0, 0.0), "leave it out; it is not implemented"),
+    "label_smoothing_factor": ((0, 0.0, None), "leave it out; it is not implemented"),
+    "auto_find_batch_size": ((False, None), "give per_device_train_batch_size; running out of memory says what fits"),
+    "group_by_length": ((False, None), "use packing=True, which wastes less than grouping"),
+    "logging_strategy": (("steps",), "use logging_steps"),
+    "dataset_kwargs": ((None, {}), "leave it out"),
+    "eval_packing": ((None,), "leave it out; packing applies to training alone"),
+    "resume_from_checkpoint": ((None, False), "pass it to trainer.train(resume_from_checkpoint=...)"),
+    "do_train": ((True, None), "call trainer.train() or trainer.evaluate()"),
+    "eval_delay": ((0, 0.0, None), "leave it out"),
+    "loss_type": (("nll", None), "leave it out; the loss is token-level cross-entropy"),
+    "use_liger_kernel": ((False, None), "leave it out; the loss here never forms the logits either"),
+}  # fmt: skip
+
+_said: set[str] = set()
+
+
+def say_once(message: str) -> None:
+    """Print a note to stderr, the first time only."""
+    if message not in _said:
+        _said.add(message)
+        print(f"lora-jax: {message}", file=sys.stderr)
+
+
+def _explained[C](cls: type[C]) -> type[C]:
+    """Make a dataclass resolve aliases and explain wrong keywords (the generated `__init__` says only TypeError)."""
+    generated: Any = cls.__init__
+
+    @functools.wraps(generated)  # keeps the signature with its defaults for help() and IDEs
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        generated(self, *args, **_resolve_names(kwargs, {f.name for f in dataclasses.fields(self)}))
+
+    cls.__init__ = __init__
+    return cls
+
+
+def _resolve_names(kwargs: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:
+    resolved: dict[str, Any] = {name: value for name, value in kwargs.items() if name in fields}
+    for name, value in kwargs.items():
+        if name in fields:
+            continue
+        if name in _ALIASES:
+            target = _ALIASES[name]
+            if resolved.get(target, value) != value:
+                raise ValueError(
+                    f"SFTConfig: got {target}={resolved[target]!r} and {name}={value!r}, which are two names for one "
+                    f"setting. Give only {target}."
+                )
+            resolved[target] = value
+        elif name in _NO_EFFECT:
+            say_once(f"SFTConfig: {name} has no effect: {_NO_EFFECT[name]}.")
+        elif name in _REFUSED:
+            harmless, instead = _REFUSED[name]
+            if not any(value is h or (value == h and type(value) is type(h)) for h in harmless):
+                raise ValueError(f"SFTConfig: {name}={value!r} is not supported: {instead}.")
+        else:
+            known = sorted(fields | set(_ALIASES))
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Valid names: {', '.join(known)}."
+            raise TypeError(f"SFTConfig: unknown argument {name!r}. {hint}")
+    return resolved
+
+
+@_explained
+@dataclass(frozen=True)
+class SFTConfig:
+    """Settings of supervised fine-tuning, with the names and meanings of `transformers.TrainingArguments` and TRL.
+
+    `max_seq_length` is accepted for `max_length`, `evaluation_strategy` for `eval_strategy`. Raises TypeError for an
+    unknown name or a value of the wrong type, ValueError for a value out of range or a contradiction.
+    """
+
+    # --- where results go
+    output_dir: str = "trainer_output"  # checkpoints, metrics.jsonl and loss_curve.png are written here
+    overwrite_output_dir: bool = False  # True deletes the checkpoints that an earlier run left in output_dir
+
+    # --- how much is trained, on what batches
+    per_device_train_batch_size: int = 8  # rows of one micro-batch
+    per_device_eval_batch_size: int = 8  # rows of one evaluation batch
+    gradient_accumulation_steps: int = 1  # micro-batches of one optimizer step; the result is that of one large batch
+    num_train_epochs: float = 3.0  # passes over the data; not used when max_steps is positive
+    max_steps: int = -1  # optimizer steps; -1 means num_train_epochs decides
+
+    # --- optimizer (AdamW as torch's)
+    learning_rate: float = 2e-4  # peak learning rate
+    lr_scheduler_type: str = "linear"  # one of SCHEDULERS, each by Hugging Face's formula
+    lr_scheduler_kwargs: dict[str, Any] | None = None  # e.g. {"min_lr_rate": 0.1} for cosine_with_min_lr
+    warmup_steps: float = 0  # steps of linear warmup from 0; a fraction below 1 is a share of all steps
+    warmup_ratio: float = 0.0  # share of all steps, rounded up; give this or warmup_steps
+    weight_decay: float = 0.0  # decoupled: each step multiplies weights by 1 - lr * weight_decay
+    optim: str = "adamw_torch"  # names of AdamW; its 8-bit and paged names are accepted with a note
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8  # added outside the square root
+    max_grad_norm: float | None = 1.0  # gradients are scaled down to this global norm; 0 or None turns it off
+    gradient_checkpointing: bool | str = True  # True: recompute every layer in backward; False: keep all; or a preset
+    bf16: bool = True  # no effect: the dtype is that of the loaded model
+
+    # --- randomness
+    seed: int = 42  # dropout, and the order of the data unless data_seed is given
+    data_seed: int | None = None  # order of the data
+
+    # --- data
+    max_length: int | None = None  # tokens per row; None: the model's max_seq_length if it has one, else 1024
+    packing: bool = False  # several examples per row, without any seeing another
+    dataset_text_field: str = "text"  # the column of plain-text rows
+    completion_only_loss: bool | None = None  # None: loss on the completion alone if rows have prompt and completion
+    assistant_only_loss: bool | None = None  # None: loss on the assistant's turns alone if rows have messages
+
+    # --- logging, evaluation, checkpoints. Steps below 1 are a share of all steps.
+    logging_steps: float = 10  # how often log_history and on_log get an entry; metrics.jsonl has every step
+    logging_first_step: bool = False  # an entry for step 1 as well
+    report_to: str | list[str] | None = "none"  # "none" or "jsonl"; metrics.jsonl is always written
+    disable_tqdm: bool | None = None  # True: no progress bar
+    eval_strategy: str = "no"  # no, steps or epoch
+    eval_steps: float | None = None  # None: logging_steps
+    eval_on_start: bool = False  # evaluate before the first step
+    save_strategy: str = "steps"  # no, steps or epoch; steps and epoch also save at the end
+    save_steps: float = 500
+    save_total_limit: int | None = None  # newest checkpoints to keep; None: all
+
+    def __post_init__(self) -> None:
+        if isinstance(self.output_dir, Path):
+            object.__setattr__(self, "output_dir", str(self.output_dir))
+        _check_types(self)
+        _check_ranges(self)
+        _check_choices(self)
+        if self.optim in _ADAMW_8BIT:
+            say_once(
+                f"SFTConfig: optim={self.optim!r} runs AdamW with float32 state on the device: the state of LoRA "
+                "parameters is small, and float32 is at least as exact as 8 bits."
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SFTConfig":
+        """A config from a mapping such as a YAML file's or parsed flags.
+
+        Text that is a number is read as one where a number is wanted: YAML reads `2e-4` (no dot) as text.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"SFTConfig.from_dict: got {type(values).__name__}, wanted a mapping of names to values.")
+        kinds = typing.get_type_hints(cls)
+        return cls(**{name: _number_from_text(value, kinds.get(name)) for name, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings by name."""
+        return dataclasses.asdict(self)
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Another name for `max_length`."""
+        return self.max_length
+
+    @property
+    def remat(self) -> str:
+        """The recomputation preset: "full" for gradient_checkpointing=True, "none" for False."""
+        if isinstance(self.gradient_checkpointing, str):
+            return self.gradient_checkpointing
+        return "full" if self.gradient_checkpointing else "none"
+
+    def get_warmup_steps(self, total_steps: int) -> int:
+        """Warmup steps of a run of `total_steps`, rounded as Hugging Face does (a share is rounded up)."""
+        share = self.warmup_ratio or (self.warmup_steps if self.warmup_steps < 1 else 0)
+        return math.ceil(total_steps * share) if share else int(self.warmup_steps)
+
+
+def _number_from_text(value: Any, kind: Any) -> Any:
+    kinds = typing.get_args(kind) or (kind,)
+    if not isinstance(value, str) or str in kinds or not {int, float} & set(kinds):
+        return value
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether `value` fits a field's annotation; an int is a float, a bool is neither."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_a(value, k) for k in typing.get_args(kind))
+    kind = typing.get_origin(kind) or kind
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def _check_types(config: SFTConfig) -> None:
+    for name, kind in typing.get_type_hints(SFTConfig).items():
+        value = getattr(config, name)
+        if not _is_a(value, kind):
+            wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+            raise TypeError(f"SFTConfig: {name}={value!r} is of type {type(value).__name__}; wanted {wanted}.")
+
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "learning_rate": (lambda v: 0 < v < math.inf, "a number above 0"),
+    "per_device_train_batch_size": (lambda v: v >= 1, "at least 1"),
+    "per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
+    "gradient_accumulation_steps": (lambda v: v >= 1, "at least 1"),
+    "num_train_epochs": (lambda v: 0 < v < math.inf, "a number above 0"),
+    "max_steps": (lambda v: v == -1 or v >= 1, "at least 1, or -1 to let num_train_epochs decide"),
+    "warmup_steps": (lambda v: 0 <= v < 1 or v == int(v) >= 1, "a whole number, or a share of all steps below 1"),
+    "warmup_ratio": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "weight_decay": (lambda v: 0 <= v < math.inf, "0 or above"),
+    "adam_beta1": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+    "adam_beta2": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+    "adam_epsilon": (lambda v: 0 < v < math.inf, "a number above 0"),
+    "max_grad_norm": (lambda v: 0 <= v < math.inf, "0 (off) or above"),
+    "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
+    "data_seed": (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
+    "max_length": (lambda v: v >= 2, "at least 2 tokens (one to read and one to predict)"),
+    "logging_steps": (lambda v: 0 < v < 1 or v == int(v) >= 1, "a whole number, or a share of all steps below 1"),
+    "eval_steps": (lambda v: 0 < v < 1 or v == int(v) >= 1, "a whole number, or a share of all steps below 1"),
+    "save_steps": (lambda v: 0 < v < 1 or v == int(v) >= 1, "a whole number, or a share of all steps below 1"),
+    "save_total_limit": (lambda v: v >= 1, "at least 1, or None to keep all"),
+}
+
+
+def _check_ranges(config: SFTConfig) -> None:
+    for name, (is_good, wanted) in _RANGES.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if not math.isfinite(value) or not is_good(value):
+            raise ValueError(f"SFTConfig: got {name}={value!r}; wanted {wanted}.")
+
+
+def _check_choices(config: SFTConfig) -> None:
+    intervals = ("no", "steps", "epoch")
+    for name, choices in {
+        "lr_scheduler_type": SCHEDULERS,
+        "optim": _ADAMW + _ADAMW_8BIT,
+        "eval_strategy": intervals,
+        "save_strategy": intervals,
+    }.items():
+        value = getattr(config, name)
+        if value not in choices:
+            near = difflib.get_close_matches(value, choices, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"SFTConfig: got {name}={value!r}; wanted one of {', '.join(choices)}.{hint}")
+    reporters = [config.report_to] if isinstance(config.report_to, str) else config.report_to or []
+    for reporter in reporters:
+        if reporter not in _REPORTERS:
+            raise ValueError(
+                f"SFTConfig: got report_to={reporter!r}; wanted one of {', '.join(_REPORTERS)}. Every step is in "
+                "output_dir/metrics.jsonl; for another tracker pass a callback with on_log(args, state, control, logs)."
+            )
+    if config.warmup_steps and config.warmup_ratio:
+        raise ValueError(
+            f"SFTConfig: got warmup_steps={config.warmup_steps} and warmup_ratio={config.warmup_ratio}, which say the "
+            "same thing twice. Give one."
+        )
+    if config.lr_scheduler_type == "constant" and (config.warmup_steps or config.warmup_ratio):
+        raise ValueError(
+            "SFTConfig: lr_scheduler_type='constant' has no warmup. Use 'constant_with_warmup', or drop the warmup."
+        )
+    if config.eval_strategy == "no" and config.eval_steps is not None:
+        raise ValueError(
+            f"SFTConfig: eval_steps={config.eval_steps} does nothing with eval_strategy='no'. Add "
+            "eval_strategy='steps', or drop eval_steps."
+        )
+    if config.assistant_only_loss and config.completion_only_loss:
+        raise ValueError(
+            "SFTConfig: got assistant_only_loss=True and completion_only_loss=True. Rows with messages want the first, "
+            "rows with prompt and completion the second."
+        )

@@ -1,0 +1,234 @@
+"""Text generation with a key/value cache: greedy or sampled, in batches, optionally streamed."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+if TYPE_CHECKING:
+    from lora_jax.model import CausalLM
+
+__all__ = ["Streamer", "generate", "generate_text", "logits", "stop_ids"]
+
+# Prompts and caches are padded to a multiple of this, so that few shapes are compiled. Padding is on the left and masked.
+_MULTIPLE = 64
+
+
+class Streamer(Protocol):
+    """What `generate` tells about tokens as they come; transformers' TextStreamer is one."""
+
+    def put(self, value: np.ndarray) -> None:
+        """Receives the prompt [T], then each new token [1]."""
+        ...
+
+    def end(self) -> None:
+        """Is called once, after the last token."""
+        ...
+
+
+def logits(model: "CausalLM", input_ids, attention_mask=None) -> jax.Array:
+    """See `CausalLM.logits`."""
+    ids = jnp.asarray(input_ids, jnp.int32)
+    mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
+    if ids.ndim != 2 or mask.shape != ids.shape:
+        raise ValueError(f"logits: want input_ids and attention_mask of one shape [B, T], got {ids.shape}, {mask.shape}")
+    graph, lora, frozen = model.split()
+
+    def run(lora, frozen, ids, mask):
+        module = nnx.merge(graph, lora, frozen)
+        start = jnp.argmax(mask, axis=1)  # first real token
+        positions = jnp.maximum(jnp.arange(ids.shape[1]) - start[:, None], 0)
+        x, _ = module(ids, positions, jnp.broadcast_to(start[:, None], ids.shape))
+        return module.head().logits(x)
+
+    return _jitted(model, "logits", graph, run)(lora, frozen, ids, mask)
+
+
+def generate(
+    model: "CausalLM",
+    input_ids,
+    *,
+    attention_mask=None,
+    max_new_tokens: int = 128,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    seed: int = 0,
+    streamer: Streamer | None = None,
+) -> np.ndarray:
+    """Continues prompts token by token until each has stopped or `max_new_tokens` are made.
+
+    Args:
+      model: with or without an adapter.
+      input_ids: token ids: [B, T], or B lists of any lengths, or a tokenizer's BatchEncoding.
+      attention_mask: [B, T], 0 for padding (on the left) of `input_ids`; taken from a BatchEncoding if that has one.
+      max_new_tokens: at most so many new tokens a row.
+      do_sample: draw from the distribution; otherwise the likeliest token is taken.
+      temperature: divides the logits before sampling; above 0.
+      top_k: sample among the k likeliest tokens; 0 for all.
+      top_p: sample among the likeliest tokens whose probabilities add up to p; 1 for all.
+      eos_token_id: ids that end a row; None for all those of generation_config.json and config.json.
+      pad_token_id: fills rows that have ended; None for the first stop id.
+      seed: of sampling.
+      streamer: receives prompt and tokens as they come; for one row only.
+
+    Returns:
+      int32 [B, T + new]: prompts (padded on the left to the longest) and what follows them.
+
+    Raises:
+      ValueError: an empty prompt, a setting out of range, or more positions than the model has.
+    """
+    rows = _rows(input_ids, attention_mask)
+    longest = max(map(len, rows))
+    if max_new_tokens < 1 or temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(
+            "generate wants max_new_tokens >= 1, temperature > 0, 0 < top_p <= 1 and top_k >= 0; "
+            f"got {max_new_tokens}, {temperature}, {top_p}, {top_k} (for greedy decoding leave do_sample=False)"
+        )
+    if longest + max_new_tokens > model.config.max_position:
+        raise ValueError(
+            f"a prompt of {longest} and max_new_tokens={max_new_tokens} exceed the model's {model.config.max_position} "
+            "positions; shorten either"
+        )
+    if streamer is not None and len(rows) > 1:
+        raise ValueError(f"a streamer shows one row; got {len(rows)} prompts")
+    stops = stop_ids(model) if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int32)).tolist()
+    pad = pad_token_id if pad_token_id is not None else (stops[0] if stops else 0)
+
+    width = -(-longest // _MULTIPLE) * _MULTIPLE
+    ids = np.full((len(rows), width), pad, np.int32)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[width - len(tokens) :] = tokens
+    start = np.array([width - len(tokens) for tokens in rows], np.int32)
+    length = width + -(-max_new_tokens // _MULTIPLE) * _MULTIPLE
+
+    graph, lora, frozen = model.split()
+    forward = _jitted(model, "forward", graph, _forward(graph), donate_argnums=4)
+    choose = _sample if do_sample else _greedy
+    key, settings = jax.random.key(seed), (jnp.float32(temperature), jnp.float32(top_p))
+    cache = model.module.new_cache(len(rows), length)
+    last, cache = forward(lora, frozen, jnp.asarray(ids), jnp.asarray(start), cache)
+    if streamer is not None:
+        streamer.put(np.asarray(rows[0], np.int32))
+    made, done = [], np.zeros(len(rows), bool)
+    for step in range(max_new_tokens):
+        tokens = np.array(choose(last, jax.random.fold_in(key, step), settings, top_k), np.int32)
+        tokens[done] = pad
+        made.append(tokens)
+        if streamer is not None:
+            streamer.put(tokens)
+        done |= np.isin(tokens, stops)
+        if done.all() or step + 1 == max_new_tokens:
+            break
+        last, cache = forward(lora, frozen, jnp.asarray(tokens[:, None]), jnp.asarray(start), cache)
+    if streamer is not None:
+        streamer.end()
+    return np.concatenate([ids[:, width - longest :], np.stack(made, axis=1)], axis=1)
+
+
+def generate_text(
+    model: "CausalLM", tokenizer, prompts: Sequence[str | list[dict[str, Any]]], *, batch_size: int = 32, **options
+) -> list[str]:
+    """Answers to prompts, decoded and without special tokens.
+
+    Args:
+      model: with or without an adapter.
+      tokenizer: of the model.
+      prompts: texts, or conversations (lists of messages) that the chat template turns into prompts.
+      batch_size: prompts that run at once.
+      options: of `generate`.
+    """
+    rows = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            rows.append(tokenizer(prompt)["input_ids"])
+        else:
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    answers = []
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
+        out = generate(model, batch, **options)
+        answers += tokenizer.batch_decode(out[:, max(map(len, batch)) :], skip_special_tokens=True)
+    return answers
+
+
+def stop_ids(model: "CausalLM") -> list[int]:
+    """Every id that ends generation according to generation_config.json and config.json of the source."""
+    found: list[int] = []
+    path = model.source / "generation_config.json"
+    for config in (json.loads(path.read_text()) if path.exists() else {}, model.hf_config):
+        ids = config.get("eos_token_id")
+        found += [] if ids is None else np.atleast_1d(ids).tolist()
+    return list(dict.fromkeys(found))
+
+
+def _rows(input_ids, attention_mask) -> list[list[int]]:
+    """The prompts as lists of ids without padding."""
+    if hasattr(input_ids, "keys"):
+        attention_mask = input_ids.get("attention_mask") if attention_mask is None else attention_mask
+        input_ids = input_ids["input_ids"]
+    rows = [np.asarray(row, np.int32).tolist() for row in input_ids]
+    if rows and not isinstance(rows[0], list):
+        rows, attention_mask = [rows], None if attention_mask is None else [attention_mask]
+    if attention_mask is not None:
+        rows = [[i for i, m in zip(r, mask, strict=True) if m] for r, mask in zip(rows, attention_mask, strict=True)]
+    if not rows or not all(rows):
+        raise ValueError("generate: a prompt is empty; give at least one token (for example the tokenizer's BOS)")
+    return rows
+
+
+def _forward(graph: nnx.GraphDef) -> Callable:
+    def forward(lora, frozen, ids, start, cache):
+        """Logits [B, V] of the last token of ids [B, T], and the cache with these tokens; start [B]: left padding."""
+        module = nnx.merge(graph, lora, frozen)
+        positions = jnp.maximum(cache.length + jnp.arange(ids.shape[1]) - start[:, None], 0)
+        first = jnp.broadcast_to(start[:, None], ids.shape)
+        x, cache = module(ids, positions, first, cache=cache)
+        return module.head().logits(x[:, -1]), cache
+
+    return forward
+
+
+@jax.jit
+def _argmax(x):
+    return jnp.argmax(x, axis=-1)
+
+
+def _greedy(last, key, settings, top_k):
+    return _argmax(last)
+
+
+def _sample(last, key, settings, top_k):
+    return _draw(last, key, *settings, top_k=top_k)
+
+
+def _draw_impl(last, key, temperature, top_p, *, top_k):
+    """Draws one token a row from logits [B, V]."""
+    scaled = last / temperature
+    order = jnp.argsort(-scaled, axis=-1)
+    ranked = jnp.take_along_axis(scaled, order, axis=-1)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    keep = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p  # the first is always kept
+    if top_k:
+        keep &= jnp.arange(ranked.shape[-1]) < top_k
+    picked = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf))
+    return jnp.take_along_axis(order, picked[:, None], axis=-1)[:, 0]
+
+
+_draw = jax.jit(_draw_impl, static_argnames="top_k")
+
+
+def _jitted(model: "CausalLM", name: str, graph: nnx.GraphDef, function: Callable, **options) -> Callable:
+    """The jitted function, kept with the model so that it is traced once; a new adapter gives a new graph."""
+    compiled = model._compiled
+    if compiled.get(f"{name} graph") != graph:
+        compiled[f"{name} graph"], compiled[name] = graph, jax.jit(function, **options)
+    return compiled[name]

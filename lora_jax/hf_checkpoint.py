@@ -1,0 +1,204 @@
+"""Reading a Hugging Face checkpoint: which folder, which files, which tensors; nothing is loaded before it is asked for."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Checkpoint", "QuantState", "read_json", "resolve_folder"]
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+# What a repository holds beside weights: configuration, tokenizer, chat template.
+_SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantState:
+    """The description that bitsandbytes stores beside an NF4 weight."""
+
+    shape: tuple[int, int]
+    nested_offset: float | None  # None without double quantisation
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parses a JSON file that holds one object. Raises FileNotFoundError or ValueError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); it may be truncated: copy or download it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold one JSON object, got a {type(content).__name__}")
+    return content
+
+
+def resolve_folder(name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The local folder of a model: the path itself, or a hub repository's snapshot, downloaded unless it is cached.
+
+    Of a repository only the configuration, the tokenizer and the safetensors named by the index are fetched.
+    With HF_HUB_OFFLINE=1 the cache alone is used.
+
+    Raises:
+      FileNotFoundError: no such folder and no such repository, or it is not in the cache while offline.
+      PermissionError: the repository is gated or private.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise FileNotFoundError(f"{path} is a file; a model is a folder with config.json and *.safetensors")
+    name = str(name_or_path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no folder {path}; give a local folder or a hub id such as 'meta-llama/Llama-3.1-8B'")
+
+    from huggingface_hub import errors, snapshot_download
+
+    download = functools.partial(snapshot_download, name, revision=revision, token=token)
+    try:
+        folder = Path(download(allow_patterns=_SMALL_FILES))
+        index = folder / _INDEX
+        shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [_SINGLE]
+        return Path(download(allow_patterns=[*_SMALL_FILES, *shards]))
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{name} is gated: accept its licence on the hub and log in with `hf auth login`, or pass token=; ({error})"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"no folder {path} and no repository {name!r} on the hub; a private one needs `hf auth login` or token="
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"repository {name!r} has no revision {revision!r}") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, OSError) as error:
+        raise FileNotFoundError(
+            f"no folder {path}; the hub could not be reached and {name!r} is not in the local cache ({error})"
+        ) from None
+
+
+class Checkpoint:
+    """The tensors of a folder's safetensors, read one at a time.
+
+    Raises:
+      FileNotFoundError: no safetensors, or the index names files that are not there.
+      ValueError: a file is truncated or corrupted.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        index = folder / _INDEX
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index} has no 'weight_map'; copy or download it again")
+            self._where: dict[str, str] = weight_map
+            if missing := sorted(f for f in set(weight_map.values()) if not (folder / f).exists()):
+                raise FileNotFoundError(f"{index} names files that are not in the folder: {', '.join(missing)}")
+            for file in sorted(set(weight_map.values())):
+                absent = {name for name, where in weight_map.items() if where == file} - set(self._open(file).keys())
+                if absent:
+                    raise ValueError(f"{folder / file} lacks tensors that {_INDEX} places there: {_some(absent)}")
+        elif (folder / _SINGLE).exists():
+            self._where = dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)
+        else:
+            raise FileNotFoundError(_no_safetensors(folder))
+
+    def _open(self, file: str):
+        from safetensors import SafetensorError, safe_open
+
+        if file not in self._files:
+            try:
+                # pread rather than mmap: mapped pages would count as memory of this process.
+                self._files[file] = safe_open(self.folder / file, framework="numpy", backend="pread")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{self.folder / file} is truncated or corrupted ({error}); copy or download it again"
+                ) from None
+        return self._files[file]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header."""
+        return tuple(self._open(self._where[name]).get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, in the dtype it is stored in."""
+        return self._open(self._where[name]).get_tensor(name)
+
+    def quant_state(self, name: str) -> QuantState | None:
+        """How the weight `name` is quantised, or None for a plain tensor.
+
+        Raises:
+          ValueError: it is quantised in a way that is not NF4 with blocks of 64.
+        """
+        keys = [key for key in self._states if key.startswith(f"{name}.quant_state.")]
+        if not keys:
+            return None
+        state = json.loads(self.read(keys[0]).tobytes())
+        blocks = (state["blocksize"], state.get("nested_blocksize", 256))
+        if state["quant_type"] != "nf4" or blocks != (64, 256):
+            raise ValueError(
+                f"{name} is quantised as {state['quant_type']} with blocks of {blocks[0]} (nested {blocks[1]}); "
+                "only nf4 with 64 (nested 256) is implemented: use the 16-bit checkpoint"
+            )
+        return QuantState(tuple(state["shape"]), state.get("nested_offset"))
+
+    @functools.cached_property
+    def _states(self) -> list[str]:
+        return [name for name in self._where if ".quant_state." in name]
+
+    def check_names(self, wanted: dict[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
+        """Checks that the checkpoint holds exactly the wanted tensors in the wanted shapes.
+
+        Args:
+          wanted: shape of each tensor by name.
+          ignored: endings of names that may be there beside the wanted ones.
+
+        Raises:
+          ValueError: tensors are missing, unknown, or of another shape.
+        """
+        suffixes = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+        quantized = {key.rpartition(".quant_state.")[0] for key in self._states}
+        if missing := set(wanted) - set(self._where):
+            raise ValueError(f"{self.folder} lacks tensors that config.json implies: {_some(missing)}")
+        known = set(wanted) | set(self._states) | {name + suffix for name in quantized for suffix in suffixes}
+        unknown = {name for name in set(self._where) - known if not name.endswith(tuple(ignored))}
+        if unknown:
+            raise ValueError(f"{self.folder} holds tensors that this architecture does not have: {_some(unknown)}")
+        for name, shape in wanted.items():
+            state = self.quant_state(name) if name in quantized else None
+            got = self.shape(name) if state is None else state.shape
+            if got != shape:
+                raise ValueError(f"{self.folder}: {name} has shape {list(got)}, config.json implies {list(shape)}")
+
+
+def _some(names: set[str]) -> str:
+    """The first few of some names."""
+    first = sorted(names)[:5]
+    return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _no_safetensors(folder: Path) -> str:
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read and are not loaded. "
+            "Convert them once, in an environment with PyTorch: AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(new_folder, safe_serialization=True)"
+        )
+    return f"{folder} holds no {_SINGLE} and no {_INDEX}"

@@ -1,0 +1,231 @@
+"""Loads a Hugging Face checkpoint into a model, tensor by tensor, quantised on the way to the device."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax.typing import DTypeLike
+
+from lora_jax.hf_checkpoint import Checkpoint, QuantState, read_json, resolve_folder
+from lora_jax.kernels.nf4 import NF4Weight, dequantize, quantize
+from lora_jax.kernels.nf4.format import CODE
+from lora_jax.model import CausalLM
+from lora_jax.models.decoder import Block, Decoder
+from lora_jax.models.linear import Linear
+from lora_jax.models.registry import config_from_hf
+
+__all__ = ["from_pretrained", "load_decoder", "load_tokenizer"]
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.bfloat16}
+# Tensors that old checkpoints hold and that follow from config.json.
+_IGNORED = ("rotary_emb.inv_freq",)
+
+
+def from_pretrained(
+    model_name: str | Path,
+    *,
+    load_in_4bit: bool = True,
+    double_quantize: bool = True,
+    dtype: DTypeLike | None = None,
+    max_seq_length: int | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    progress: bool = True,
+) -> tuple[CausalLM, Any]:
+    """Loads a causal language model and its tokenizer.
+
+    Args:
+      model_name: local folder, hub id, or a folder with a PEFT adapter (whose base model is loaded too).
+      load_in_4bit: keep the linear layers of all blocks in NF4 (QLoRA); embeddings, norms and lm_head stay 16-bit. A
+        checkpoint that bitsandbytes has quantised to NF4 is taken as it is, or dequantised if this is False.
+      double_quantize: quantise the scales of NF4 too (0.5 bit a weight less).
+      dtype: of activations and unquantised weights, "bfloat16" or "float32"; None for the checkpoint's own
+        (float16 becomes bfloat16).
+      max_seq_length: longest row that will be trained on; must not exceed what the model was made for.
+      revision: branch, tag or commit of a hub repository.
+      token: hub token for gated repositories; None for the one logged in with.
+      progress: show a progress bar.
+
+    Returns:
+      (model, tokenizer): a `CausalLM` and transformers' tokenizer of the folder.
+
+    Raises:
+      FileNotFoundError, PermissionError: the model is not there or may not be read.
+      ValueError: a file is damaged, the architecture is unknown, or the tensors contradict config.json.
+      MemoryError: the weights do not fit on the device.
+    """
+    folder = resolve_folder(model_name, revision=revision, token=token)
+    if (folder / "adapter_config.json").exists():
+        from lora_jax.export.peft import base_of_adapter, load_adapter
+
+        base = base_of_adapter(folder)
+        options = {"load_in_4bit": load_in_4bit, "double_quantize": double_quantize, "dtype": dtype, "token": token}
+        model, tokenizer = from_pretrained(base, max_seq_length=max_seq_length, progress=progress, **options)
+        return load_adapter(model, folder), tokenizer
+    hf_config = read_json(folder / "config.json")
+    config = config_from_hf(hf_config)
+    if max_seq_length is not None and max_seq_length > config.max_position:
+        raise ValueError(
+            f"max_seq_length={max_seq_length} exceeds the {config.max_position} positions {folder} was made for; "
+            "lower it, or extend the context by a 'rope_scaling' in config.json"
+        )
+    tokenizer = load_tokenizer(folder)
+    checkpoint = Checkpoint(folder)
+    stored = hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16"
+    model_dtype = _resolve_dtype(stored if dtype is None else dtype)
+    nf4 = load_in_4bit and ("nf4-double" if double_quantize else "nf4")
+    try:
+        module = load_decoder(checkpoint, hf_config, nf4=nf4 or None, dtype=model_dtype, progress=progress)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        hint = "" if load_in_4bit else " load_in_4bit=True needs about a quarter of the memory."
+        raise MemoryError(f"the weights of {folder} do not fit on {jax.devices()[0]}.{hint} ({error})") from error
+    return CausalLM(module, hf_config=hf_config, source=folder, max_seq_length=max_seq_length), tokenizer
+
+
+def load_tokenizer(folder: Path):
+    """transformers' tokenizer of a model folder. Raises FileNotFoundError if the folder holds none."""
+    names = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
+    if not any((folder / name).exists() for name in names):
+        raise FileNotFoundError(f"{folder} holds no tokenizer ({', '.join(names)}); copy the tokenizer files beside it")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_decoder(
+    checkpoint: Checkpoint, hf_config: dict[str, Any], *, nf4: str | None, dtype: DTypeLike, progress: bool = True
+) -> Decoder:
+    """Loads the weights. Peak host memory is one tensor; peak device memory is the result and one tensor.
+
+    Args:
+      checkpoint: the files.
+      hf_config: config.json.
+      nf4: None for weights in `dtype`, "nf4" for NF4 blocks, "nf4-double" for NF4 with quantised scales.
+      dtype: of everything that is not quantised.
+      progress: show a progress bar.
+
+    Raises:
+      ValueError: the tensors are not those that config.json implies.
+    """
+    _check_quantization(hf_config)
+    config = config_from_hf(hf_config)
+    plain = Decoder(config, dtype)
+    shapes = {name: slot.shape for name, slot in plain.slots().items()}
+    # A tied checkpoint may hold the head all the same; a quantised base may not hold it tied.
+    checkpoint.check_names(shapes, (*_IGNORED, *(("lm_head.weight",) if config.tie_embeddings else ())))
+    states = {name: checkpoint.quant_state(name) for name in shapes}
+    storage = _choose_storage(plain, states, nf4)
+    model = Decoder(config, dtype, _by_layer(plain, storage))
+    for name, stack, module in model.named_modules():
+        form = storage.get(f"{name.format(stack.first) if stack else name}.weight")
+        if form is not None:
+            module.weight.set_value(NF4Weight.abstract(module.weight.get_value().shape, form == "nf4-double"))
+    slots = model.slots()
+    for name in _track(list(slots), progress):
+        slot = slots[name]
+        like = slot.variable.get_value()
+        new = _read(checkpoint, name, states[name], like)
+        if slot.index is None:
+            slot.variable.set_value(new)
+        else:
+            if isinstance(jax.tree.leaves(like)[0], jax.ShapeDtypeStruct):
+                like = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
+            slot.variable.set_value(_write(like, new, slot.index))
+    return model
+
+
+def _choose_storage(model: Decoder, states: dict[str, QuantState | None], nf4: str | None) -> dict[str, str | None]:
+    """How each linear weight of the blocks will be held: None (in 16 bits), "nf4" or "nf4-double"."""
+    prequantized = any(state is not None for state in states.values())
+    storage = {}
+    for name, stack, module in model.named_modules():
+        if stack is None or not isinstance(module, Linear):
+            continue
+        for layer in range(stack.first, stack.first + stack.count):
+            weight = f"{name.format(layer)}.weight"
+            if nf4 is None or not prequantized:
+                storage[weight] = nf4
+            elif (state := states[weight]) is None:
+                storage[weight] = None  # quantised checkpoints may leave some of their layers in 16 bits
+            else:
+                storage[weight] = "nf4" if state.nested_offset is None else "nf4-double"
+    return storage
+
+
+def _by_layer(model: Decoder, storage: dict[str, str | None]) -> list[tuple]:
+    """The storage of each layer's weights, equal for layers that can share a stack."""
+    patterns = [name for name, stack, module in model.named_modules() if stack and isinstance(module, Linear)]
+    return [
+        tuple(storage[f"{pattern.format(layer)}.weight"] for pattern in dict.fromkeys(patterns))
+        for layer in range(model.config.num_layers)
+    ]
+
+
+def _check_quantization(hf_config: dict[str, Any]) -> None:
+    quantization = hf_config.get("quantization_config")
+    if quantization is None:
+        return
+    method = quantization.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes" or not quantization.get("load_in_4bit", quantization.get("_load_in_4bit")):
+        raise ValueError(
+            f"config.json: the checkpoint is quantised with {method!r}"
+            f"{' in 8 bits' if quantization.get('load_in_8bit') else ''}; 16-bit checkpoints and bitsandbytes' NF4 "
+            "(load_in_4bit) can be read: use the original model"
+        )
+
+
+def _resolve_dtype(dtype: DTypeLike) -> np.dtype:
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in _DTYPES:
+        raise ValueError(f"dtype={name!r} is not possible; use 'bfloat16' or 'float32'")
+    return np.dtype(_DTYPES[name])
+
+
+def _read(checkpoint: Checkpoint, name: str, state: QuantState | None, like) -> jax.Array | NF4Weight:
+    """One tensor on the device, in the form of `like`."""
+    if state is not None:
+        weight = _read_nf4(checkpoint, name, state)
+        return weight if isinstance(like, NF4Weight) else dequantize(weight, like.dtype)
+    array = checkpoint.read(name)
+    if array.dtype.kind not in "fV" and array.dtype.name != "bfloat16":
+        raise ValueError(f"{checkpoint.folder}: {name} is stored as {array.dtype}, wanted a 16- or 32-bit float")
+    if not isinstance(like, NF4Weight):
+        return jnp.asarray(array, like.dtype)
+    return _quantize(jnp.asarray(array), like.double_quantized)
+
+
+def _read_nf4(checkpoint: Checkpoint, name: str, state: QuantState) -> NF4Weight:
+    """A weight as bitsandbytes stores it; the bytes are kept."""
+    if not np.array_equal(checkpoint.read(f"{name}.quant_map"), CODE):
+        raise ValueError(f"{checkpoint.folder}: {name}.quant_map is not the NF4 table")
+    spec = NF4Weight.abstract(state.shape, state.nested_offset is not None)
+    packed = checkpoint.read(name).view(np.uint8).reshape(spec.packed.shape)
+    absmax = checkpoint.read(f"{name}.absmax").reshape(spec.absmax.shape)
+    if state.nested_offset is None:
+        return NF4Weight(jnp.asarray(packed), jnp.asarray(absmax, jnp.float32))
+    nested_absmax = checkpoint.read(f"{name}.nested_absmax")
+    nested_code = checkpoint.read(f"{name}.nested_quant_map")
+    offset = jnp.float32(state.nested_offset)
+    arrays = (packed, absmax, nested_absmax)
+    return NF4Weight(*map(jnp.asarray, arrays), offset, jnp.asarray(nested_code))
+
+
+_quantize = jax.jit(quantize, static_argnums=1)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(stack, new, index):
+    """Puts one layer's tensor into the stack, in place."""
+    return jax.tree.map(lambda s, n: s.at[index].set(n.astype(s.dtype)), stack, new)
+
+
+def _track(names: list[str], show: bool):
+    from rich.progress import track
+
+    return track(names, "Loading weights", disable=not show)

@@ -1,0 +1,235 @@
+"""LoRA adapters: which layers get one, how it starts, and how many parameters that trains."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lora_jax.model import CausalLM
+from lora_jax.models.decoder import Block, Decoder
+from lora_jax.models.linear import Embedding, Linear, RMSNorm
+
+__all__ = ["DEFAULT_TARGETS", "LoraConfig", "add_adapters", "get_peft_model", "parameter_counts"]
+
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """An adapter's shape, with PEFT's field names."""
+
+    r: int = 16  # rank
+    lora_alpha: float = 16  # the product is scaled by lora_alpha / r
+    lora_dropout: float = 0.0  # probability that an input element of the adapter is zeroed in training
+    target_modules: tuple[str, ...] | str = DEFAULT_TARGETS  # names, "all-linear", or a regex over full names
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead (Kalajdzievski, arXiv 2312.03732)
+    layers_to_transform: tuple[int, ...] | None = None  # numbers of the layers that get one; None for all
+    modules_to_save: tuple[str, ...] = ()  # "lm_head", "embed_tokens": trained as whole copies
+    random_state: int = 3407  # seed of A
+
+    def __post_init__(self):
+        """Raises ValueError for values outside their range."""
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"r is the rank of the adapter and must be a whole number of at least 1, got {self.r!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is a probability in [0, 1), got {self.lora_dropout!r}")
+        if not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha must be above 0, got {self.lora_alpha!r}")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapter's product."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def get_peft_model(
+    model: CausalLM,
+    peft_config: LoraConfig | None = None,
+    *,
+    r: int = 16,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    target_modules: Sequence[str] | str | None = None,
+    use_rslora: bool = False,
+    layers_to_transform: int | Iterable[int] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    random_state: int = 3407,
+    verbose: bool = True,
+) -> CausalLM:
+    """Adds LoRA adapters to a model, in place, and returns it.
+
+    A starts uniform in +-1 / sqrt(K), B at zero (PEFT's default), so the model is unchanged until it is trained.
+
+    Args:
+      model: from `from_pretrained`.
+      peft_config: all settings in one; otherwise they are taken from the arguments below.
+      r: rank.
+      lora_alpha: the adapter's product is scaled by lora_alpha / r.
+      lora_dropout: probability that an input element of an adapter is zeroed in training.
+      target_modules: names of linear layers ("q_proj", "lm_head" ...), "all-linear" (all but lm_head), or a regex that
+        must match a module's full name ("model.layers.3.mlp.up_proj"); None for the seven linears of a block.
+      use_rslora: scale by lora_alpha / sqrt(r).
+      layers_to_transform: numbers of the layers that get an adapter; None for all.
+      modules_to_save: "embed_tokens" or "lm_head", trained as a whole copy instead of by an adapter.
+      random_state: seed of A.
+      verbose: print how many parameters are trained.
+
+    Raises:
+      ValueError: the model has an adapter already, a target matches nothing, or a setting is out of range.
+    """
+    if peft_config is None:
+        if isinstance(layers_to_transform, int):
+            layers_to_transform = [layers_to_transform]
+        targets = DEFAULT_TARGETS if target_modules is None else target_modules
+        peft_config = LoraConfig(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=targets if isinstance(targets, str) else tuple(targets),
+            use_rslora=use_rslora,
+            layers_to_transform=None if layers_to_transform is None else tuple(layers_to_transform),
+            modules_to_save=tuple(modules_to_save or ()),
+            random_state=random_state,
+        )
+    if model.lora_config is not None:
+        raise ValueError("the model has an adapter already; load the base model again to start another")
+    add_adapters(model.module, peft_config)
+    model.lora_config = peft_config
+    if verbose:
+        trainable, total = parameter_counts(model)
+        print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+    return model
+
+
+def add_adapters(decoder: Decoder, config: LoraConfig) -> None:
+    """Puts fresh adapters and trained copies into a decoder, cutting its stacks where only some layers get one.
+
+    Raises:
+      ValueError: a target matches nothing, a layer does not exist, or the head to be trained is tied.
+    """
+    layers = range(decoder.config.num_layers)
+    chosen = set(layers if config.layers_to_transform is None else config.layers_to_transform)
+    if outside := sorted(chosen - set(layers)):
+        raise ValueError(f"layers_to_transform names {outside}, the model has layers 0 to {layers[-1]}")
+    targets = _target_names(decoder, config, chosen)
+    _refuse_tied(decoder, {name.rpartition(".")[2] for name in targets} | set(config.modules_to_save))
+    _cut_stacks(decoder, [frozenset(_targets_of_layer(decoder, targets, i)) for i in layers])
+    key = jax.random.key(config.random_state)
+    for name, stack, module in decoder.named_modules():
+        if isinstance(module, RMSNorm):
+            continue
+        lead = () if stack is None else (stack.count,)
+        if (name if stack is None else name.format(stack.first)) in targets:
+            n, k = module.features
+            # The name keys the draw, so that the start does not depend on which other modules are adapted.
+            rng = jax.random.fold_in(key, _hash(name))
+            if stack is not None:
+                rng = jax.vmap(lambda i, rng=rng: jax.random.fold_in(rng, i))(stack.first + jnp.arange(stack.count))
+            module.lora_a = nnx.LoRAParam(_uniform(rng, k, config.r))
+            module.lora_b = nnx.LoRAParam(jnp.zeros((*lead, config.r, n), jnp.float32))
+            module.scale, module.dropout = config.scale, config.lora_dropout
+        if name.rpartition(".")[2] in config.modules_to_save:
+            module.trained = nnx.LoRAParam(jnp.array(module.weight.get_value(), jnp.float32))
+
+
+def parameter_counts(model: CausalLM) -> tuple[int, int]:
+    """(trained, all) parameters; an NF4 weight counts its logical size."""
+    trained = sum(np.size(leaf) for leaf in jax.tree.leaves(model.split()[1]))
+    frozen = sum(math.prod(slot.shape) for slot in model.module.slots().values())
+    return trained, trained + frozen
+
+
+def _target_names(decoder: Decoder, config: LoraConfig, layers: set[int]) -> set[str]:
+    """Full names of the modules that get an adapter."""
+    names = [
+        name.format(layer)
+        for name, stack, module in decoder.named_modules()
+        if isinstance(module, Linear | Embedding)
+        for layer in (range(stack.first, stack.first + stack.count) if stack else [None])
+        if layer is None or layer in layers
+    ]
+    wanted = config.target_modules
+    if wanted == "all-linear":
+        return {name for name in names if name.rpartition(".")[2] not in ("lm_head", "embed_tokens")}
+    if isinstance(wanted, str):
+        try:
+            chosen = {name for name in names if re.fullmatch(wanted, name)}
+        except re.error as error:
+            raise ValueError(f"target_modules={wanted!r} is not a regular expression: {error}") from None
+        unmatched = [] if chosen else [wanted]
+    else:
+        chosen = {name for name in names for w in wanted if name == w or name.endswith(f".{w}")}
+        unmatched = [w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names)]
+    known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    if unmatched:
+        raise ValueError(f"target_modules: {', '.join(map(repr, unmatched))} matches no module; there are {known}")
+    if unknown := set(config.modules_to_save) - {"lm_head", "embed_tokens"}:
+        raise ValueError(f"modules_to_save: {sorted(unknown)} cannot be trained whole; 'lm_head', 'embed_tokens' can")
+    if not chosen and not config.modules_to_save:
+        raise ValueError("target_modules is empty: nothing would be trained")
+    return chosen
+
+
+def _refuse_tied(decoder: Decoder, trained: set[str]) -> None:
+    if decoder.lm_head is None and (tied := trained & {"lm_head", "embed_tokens"}):
+        raise ValueError(
+            f"{', '.join(sorted(tied))}: this model's head and embeddings are one matrix (tie_word_embeddings), and "
+            "training only one side of it is not supported"
+        )
+
+
+def _targets_of_layer(decoder: Decoder, targets: set[str], layer: int) -> list[str]:
+    patterns = {name for name, stack, _ in decoder.named_modules() if stack is not None}
+    return [pattern for pattern in patterns if pattern.format(layer) in targets]
+
+
+def _cut_stacks(decoder: Decoder, kinds: list) -> None:
+    """Cuts the decoder's stacks so that all layers of one have the same kind."""
+    stacks = []
+    for stack in decoder.layers:
+        layers = list(range(stack.first, stack.first + stack.count))
+        starts = [i for i in layers if i == layers[0] or kinds[i] != kinds[i - 1]]
+        if len(starts) == 1:
+            stacks.append(stack)
+            continue
+        pieces = [(a, b - a) for a, b in zip(starts, [*starts[1:], layers[-1] + 1], strict=True)]
+        stacks.extend(_cut(stack, pieces))
+    decoder.layers = nnx.List(stacks)
+
+
+def _cut(stack: Block, pieces: list[tuple[int, int]]) -> list[Block]:
+    """The stack as several: (first layer, count) each. Leaf by leaf, so that the weights are not held twice."""
+    graph, state = nnx.split(stack)
+    leaves, structure = jax.tree.flatten(state)
+    parts: list[list] = [[] for _ in pieces]
+    for leaf in leaves:
+        for part, (first, count) in zip(parts, pieces, strict=True):
+            part.append(leaf[first - stack.first :][:count])
+        leaf.delete()
+    blocks = []
+    for part, (first, count) in zip(parts, pieces, strict=True):
+        block = nnx.merge(graph, jax.tree.unflatten(structure, part))
+        block.first, block.count = first, count
+        blocks.append(block)
+    return blocks
+
+
+def _uniform(rng: jax.Array, k: int, r: int) -> jax.Array:
+    """A [..., K, R] uniform in +-1 / sqrt(K), float32: PEFT's kaiming_uniform with a = sqrt(5). One key a layer."""
+
+    def draw(key):
+        return jax.random.uniform(key, (k, r), jnp.float32, -(k**-0.5), k**-0.5)
+
+    return draw(rng) if rng.ndim == 0 else jax.vmap(draw)(rng)
+
+
+def _hash(name: str) -> int:
+    """A number of 31 bits that is the same in every process."""
+    import zlib
+
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF

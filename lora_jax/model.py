@@ -1,0 +1,82 @@
+"""`CausalLM`: a loaded model, its adapter and where it came from; what the user holds in hand."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import nnx
+
+from lora_jax.models.decoder import Decoder, DecoderConfig
+
+if TYPE_CHECKING:
+    from lora_jax.lora import LoraConfig
+
+__all__ = ["CausalLM"]
+
+
+class CausalLM:
+    """A causal language model with a frozen base and, after `get_peft_model`, a trained adapter.
+
+    The arrays live in `module`, a Flax NNX module; `split()` gives them as plain pytrees for pure functions.
+    """
+
+    def __init__(self, module: Decoder, *, hf_config: dict[str, Any], source: Path, max_seq_length: int | None = None):
+        self.module = module
+        self.hf_config = hf_config  # config.json as the source had it
+        self.source = source  # the folder it was loaded from
+        self.max_seq_length = max_seq_length or module.config.max_position
+        self.lora_config: LoraConfig | None = None
+        self._compiled: dict[str, Any] = {}  # jitted functions of this model, by name
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The architecture."""
+        return self.module.config
+
+    def split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+        """(graph, trained leaves, frozen leaves); `nnx.merge(graph, lora, frozen)` is the module again."""
+        graph, lora, frozen = nnx.split(self.module, nnx.LoRAParam, ...)
+        return graph, lora, frozen
+
+    def update_lora(self, lora: nnx.State) -> None:
+        """Puts trained leaves, in the form that `split` gave them, back into the model."""
+        nnx.update(self.module, lora)
+
+    def logits(self, input_ids, attention_mask=None) -> jax.Array:
+        """Logits [B, T, V] in float32 for token ids [B, T].
+
+        Args:
+          input_ids: int [B, T].
+          attention_mask: int or bool [B, T], 0 for padding on the left or right of a row; None for no padding. What
+            stands at padding positions of the result means nothing.
+        """
+        from lora_jax.generate import logits
+
+        return logits(self, input_ids, attention_mask)
+
+    def generate(self, input_ids, **options):
+        """Generates text; see `lora_jax.generate.generate`."""
+        from lora_jax.generate import generate
+
+        return generate(self, input_ids, **options)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes the adapter as a PEFT folder; see `lora_jax.export.peft.save_adapter`."""
+        from lora_jax.export.peft import save_adapter
+
+        return save_adapter(self, Path(folder))
+
+    def save_pretrained_merged(self, folder: str | Path, tokenizer: Any = None, **options) -> Path:
+        """Writes base and adapter as one Hugging Face folder; see `lora_jax.export.hf.save_merged`."""
+        from lora_jax.export.hf import save_merged
+
+        return save_merged(self, Path(folder), tokenizer, **options)
+
+    def save_pretrained_gguf(
+        self, folder: str | Path, tokenizer: Any = None, quantization_method: str | Sequence[str] = "f16", **options
+    ) -> list[Path]:
+        """Writes base and adapter as GGUF files for llama.cpp; see `lora_jax.export.gguf.save_gguf`."""
+        from lora_jax.export.gguf import save_gguf
+
+        return save_gguf(self, Path(folder), tokenizer, quantization_method, **options)

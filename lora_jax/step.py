@@ -1,0 +1,152 @@
+"""The training step as a pure function of arrays."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from lora_jax.kernels.loss.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from lora_jax.remat import checkpoint_wrapper
+
+if TYPE_CHECKING:
+    from lora_jax.model import CausalLM
+
+__all__ = ["make_eval_step", "make_train_step", "sum_of_losses", "train_step"]
+
+Batch = dict[str, jax.Array]
+
+
+def sum_of_losses(
+    graph: nnx.GraphDef,
+    lora: nnx.State,
+    frozen: nnx.State,
+    batch: Batch,
+    *,
+    checkpoint: Callable | None = None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the cross-entropies of a batch, in nats, and the number of its label tokens.
+
+    Args:
+      graph, lora, frozen: from `CausalLM.split`.
+      batch: int32 [B, T] each: "input_ids"; "labels" (the token itself, or -100 for no loss; shifted in here);
+        optional "positions" and "segment_start" for packed rows, see lora_jax.data.
+      checkpoint: see `lora_jax.remat`.
+      dropout_key: None for no dropout.
+    """
+    model = nnx.merge(graph, lora, frozen)
+    ids, labels = batch["input_ids"], batch["labels"]
+    x, _ = model(
+        ids, batch.get("positions"), batch.get("segment_start"), checkpoint=checkpoint, dropout_key=dropout_key
+    )
+    # The state at t predicts the token at t + 1; the first token of a packed document carries no label.
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
+    return linear_cross_entropy(x.reshape(-1, x.shape[-1]), model.head(), targets.reshape(-1))
+
+
+def train_step(
+    lora: nnx.State,
+    opt_state: optax.OptState,
+    frozen: nnx.State,
+    batch: Batch,
+    *,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    checkpoint: Callable | None = None,
+    dropout: bool = False,
+) -> tuple[nnx.State, optax.OptState, dict[str, Any]]:
+    """One optimizer step over A micro-batches; pure, so it can be jitted, differentiated or sharded.
+
+    The loss is the mean over all label tokens of the step, so it and its gradient do not depend on how the rows are
+    split into micro-batches.
+
+    Args:
+      lora, opt_state: trained leaves and the optimizer's state (donate them).
+      frozen: the base model.
+      batch: as in `sum_of_losses` with a leading axis, [A, B, T]; with dropout also "seed", uint32 [].
+      graph: from `CausalLM.split`.
+      optimizer: any optax transformation.
+      checkpoint: see `lora_jax.remat`.
+      dropout: whether the adapters' dropout is on.
+
+    Returns:
+      (lora, opt_state, metrics) with metrics "loss" (mean, nats), "grad_norm" (global, before any clipping),
+      "num_label_tokens" and "leaf_grad_norms" (by path; one norm a layer for stacked leaves).
+    """
+    batch = dict(batch)
+    seed = batch.pop("seed", None)
+    key = jax.random.key(seed) if dropout else None
+
+    def micro_step(carry, micro):
+        index, micro = micro
+        micro_key = None if key is None else jax.random.fold_in(key, index)
+
+        def loss_of(lora):
+            return sum_of_losses(graph, lora, frozen, micro, checkpoint=checkpoint, dropout_key=micro_key)
+
+        (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(lora)
+        return jax.tree.map(jnp.add, carry, (loss, count, grads)), None
+
+    n_micro = batch["input_ids"].shape[0]
+    start = (jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, lora))
+    if n_micro == 1:  # no loop: one micro-batch needs no second copy of the gradients
+        (loss, count, grads), _ = micro_step(start, (jnp.int32(0), jax.tree.map(lambda x: x[0], batch)))
+    else:
+        (loss, count, grads), _ = jax.lax.scan(micro_step, start, (jnp.arange(n_micro), batch))
+    scale = 1 / jnp.maximum(count, 1).astype(jnp.float32)
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    norms = _leaf_norms(grads)
+    metrics = {
+        "loss": loss * scale,
+        "grad_norm": jnp.sqrt(sum(jnp.sum(n * n) for n in norms.values())),
+        "num_label_tokens": count,
+        "leaf_grad_norms": norms,
+    }
+    updates, opt_state = optimizer.update(grads, opt_state, lora)
+    return optax.apply_updates(lora, updates), opt_state, metrics  # pyright: ignore[reportReturnType]
+
+
+def make_train_step(model: "CausalLM", optimizer: optax.GradientTransformation, *, remat: str = "full") -> Callable:
+    """`train_step` jitted for one model: step(lora, opt_state, frozen, batch) -> (lora, opt_state, metrics).
+
+    lora and opt_state are donated: use what is returned, not what was passed.
+
+    Args:
+      model: with an adapter.
+      optimizer: any optax transformation; `opt_state = optimizer.init(lora)`.
+      remat: what backward recomputes, see `lora_jax.remat`.
+    """
+    graph, _, _ = model.split()
+    checkpoint = checkpoint_wrapper(remat)
+    dropout = model.lora_config is not None and model.lora_config.lora_dropout > 0
+
+    def step(lora, opt_state, frozen, batch):
+        return train_step(
+            lora, opt_state, frozen, batch, graph=graph, optimizer=optimizer, checkpoint=checkpoint, dropout=dropout
+        )
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def make_eval_step(model: "CausalLM") -> Callable:
+    """Jitted eval_step(lora, frozen, batch [B, T]) -> {"loss_sum": float32 [], "num_label_tokens": int32 []}."""
+    graph, _, _ = model.split()
+
+    def step(lora, frozen, batch):
+        loss, count = sum_of_losses(graph, lora, frozen, batch)
+        return {"loss_sum": loss, "num_label_tokens": count}
+
+    return jax.jit(step)
+
+
+def _leaf_norms(tree: nnx.State) -> dict[str, jax.Array]:
+    """Norm of every leaf: one number, or one for each layer of a stacked leaf ("layers" in its path)."""
+    norms = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = [str(getattr(part, "key", getattr(part, "idx", part))) for part in path if str(part) != ".value"]
+        axes = tuple(range(1 if names[0] == "layers" else 0, leaf.ndim))
+        norms[".".join(names)] = jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes))
+    return norms

@@ -1,0 +1,104 @@
+"""The leaves of every model: linear layers and embeddings that can carry an adapter, and the norm.
+
+Every module takes `lead`, the leading axes of its arrays: (n,) for a stack of n equal layers, () for a single module.
+A stacked module is never called; the layer loop calls it on the slices of one layer. Modules are made with
+`jax.ShapeDtypeStruct` in place of arrays, so that building a model costs nothing; loading fills them in.
+
+Variables of type `nnx.LoRAParam` are trained, variables of type `nnx.Param` are frozen. Attributes that may hold a
+variable later start as `nnx.data(None)`: NNX takes a plain None for a constant that never becomes one.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lora_jax.kernels.loss import Head
+from lora_jax.kernels.nf4 import NF4Weight, lora_matmul
+from lora_jax.kernels.rms_norm import rms_norm
+
+__all__ = ["Embedding", "Linear", "RMSNorm", "value"]
+
+
+def value(variable: nnx.Variable | None):
+    """The array (or NF4Weight) of a variable, or None."""
+    return None if variable is None else variable.get_value()
+
+
+def _empty(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype))
+
+
+class Linear(nnx.Module):
+    """y = x W^T + bias, W [N, K] as in a Hugging Face checkpoint, frozen; plus a LoRA product if there is one."""
+
+    def __init__(self, k: int, n: int, *, lead: tuple[int, ...], dtype: DTypeLike, bias: bool = False):
+        self.weight = _empty((*lead, n, k), dtype)
+        self.bias: nnx.Param | None = _empty((*lead, n), dtype) if bias else None
+        self.trained: nnx.LoRAParam | None = nnx.data(None)  # a copy of the weight that is trained (only lm_head has one)
+        self.lora_a: nnx.LoRAParam | None = nnx.data(None)  # [K, R]
+        self.lora_b: nnx.LoRAParam | None = nnx.data(None)  # [R, N]
+        self.lora_magnitude: nnx.LoRAParam | None = nnx.data(None)  # [N], DoRA's column norms
+        self.scale = 1.0
+        self.dropout = 0.0
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """(N, K): output and input features."""
+        n, k = value(self.weight).shape[-2:]
+        return n, k
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """x [..., K] -> [..., N]; without a key there is no dropout."""
+        rate = self.dropout if dropout_key is not None else 0.0
+        a, b = value(self.lora_a), value(self.lora_b)
+        y = lora_matmul(x, value(self.weight), a, b, self.scale, dropout_rate=rate, dropout_key=dropout_key)
+        return y if self.bias is None else y + value(self.bias).astype(y.dtype)
+
+    def head(self, softcap: float | None = None) -> Head:
+        """This layer as the head of the loss."""
+        parts = (value(v) for v in (self.weight, self.trained, self.lora_a, self.lora_b))
+        return Head(*parts, scale=self.scale, softcap=softcap)
+
+
+class Embedding(nnx.Module):
+    """Token embeddings [V, D], frozen; a trained copy or a LoRA product stands beside them if asked for."""
+
+    def __init__(self, vocab: int, dim: int, *, dtype: DTypeLike):
+        self.weight = _empty((vocab, dim), dtype)
+        self.trained: nnx.LoRAParam | None = nnx.data(None)  # [V, D]
+        self.lora_a: nnx.LoRAParam | None = nnx.data(None)  # [V, R]
+        self.lora_b: nnx.LoRAParam | None = nnx.data(None)  # [R, D]
+        self.scale = 1.0
+        self.dropout = 0.0
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """(D, V), so that LoRA's A is [V, R] and B is [R, D]."""
+        v, d = value(self.weight).shape
+        return d, v
+
+    def __call__(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """ids int32 [...] -> [..., D] in `dtype`."""
+        table = self.weight if self.trained is None else self.trained
+        x = jnp.take(value(table), ids, axis=0).astype(dtype)
+        if self.lora_a is not None:
+            a, b = value(self.lora_a), value(self.lora_b)
+            x += self.scale * jnp.dot(jnp.take(a, ids, axis=0).astype(dtype), b.astype(dtype))
+        return x
+
+    def head(self, softcap: float | None = None) -> Head:
+        """The tied head of the loss."""
+        return Head(value(self.weight), softcap=softcap)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with a frozen weight [D]."""
+
+    def __init__(self, dim: int, eps: float, *, lead: tuple[int, ...], dtype: DTypeLike):
+        self.weight = _empty((*lead, dim), dtype)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> the same shape and dtype."""
+        return rms_norm(x, value(self.weight), self.eps)

@@ -1,0 +1,113 @@
+"""What all tests share: the environment JAX starts in, markers, the real model, and the torch oracles."""
+
+import os
+import subprocess
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ORACLES = ROOT / "tests" / "oracles"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-configs",
+        action="store_true",
+        default=os.environ.get("LORA_JAX_ALL") == "1",
+        help="run every parameter set of tests marked `rotate` (also: LORA_JAX_ALL=1)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before jax is imported, and inherited by the subprocesses that tests start. Four CPU devices let sharded code run
+    # anywhere and cost nothing where one is used; the compilation cache serves those subprocesses and later runs.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.rootpath / ".pytest_cache" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    # A test that reaches for the network shall fail at once, not wait for it.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+# One parameter set of each test marked `rotate`, chosen by the commit.
+
+
+def _commit() -> str:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip()[:12] if git.returncode == 0 else "no commit"
+
+
+@pytest.hookimpl(trylast=True)  # after -k, -m and node ids have made their choice
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all-configs"):
+        _rotate(config, items)
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items and (reason := _why_no_gpu()):
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _rotate(config: pytest.Config, items: list[pytest.Item]) -> None:
+    commit = _commit()
+    families: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("rotate"):
+            families.setdefault(item.nodeid.split("[")[0], []).append(item)
+    chosen = {name: family[zlib.crc32(f"{commit} {name}".encode()) % len(family)] for name, family in families.items()}
+    left_out = [item for name, family in families.items() for item in family if item is not chosen[name]]
+    items[:] = [item for item in items if item not in set(left_out)]
+    config.hook.pytest_deselected(items=left_out)
+    config.stash[_ROTATION] = [
+        f"rotate ({commit}): {item.nodeid}, 1 of {len(families[name])}"
+        for name, item in chosen.items()
+        if len(families[name]) > 1
+    ]
+
+
+_ROTATION = pytest.StashKey[list[str]]()
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    return config.stash.get(_ROTATION, [])
+
+
+def _why_no_gpu() -> str | None:
+    import jax
+
+    if jax.default_backend() == "gpu":
+        return None
+    return f"needs an NVIDIA GPU; JAX's backend here is {jax.default_backend()!r}"
+
+
+# The real model and the oracles.
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The SmolLM2-135M-Instruct folder, float32, converted on the first use."""
+    from lora_jax.tools.smollm2 import fetch_smollm2
+
+    return fetch_smollm2()
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Callable[..., str]:
+    """`oracle("script.py", *arguments) -> stdout`: run tests/oracles/script.py where torch and PEFT are installed."""
+    configured = os.environ.get("LORA_JAX_ORACLE_PYTHON")
+    python = Path(configured or ROOT / ".venv-oracles" / "bin" / "python")
+    if not python.is_file():
+        if configured:
+            pytest.fail(f"LORA_JAX_ORACLE_PYTHON names {python}, which does not exist", pytrace=False)
+        pytest.skip("needs the torch oracle environment: make test-oracles")
+
+    def run(script: str, *arguments: object, timeout: float = 600) -> str:
+        command = [str(python), str(ORACLES / script), *map(str, arguments)]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        if done.returncode != 0:
+            raise RuntimeError(f"{script} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    return run
