@@ -46,7 +46,8 @@ def inverse_frequencies(
       ValueError: unknown kind.
     """
     exponents = np.arange(0, dim, 2) / dim
-    base = config.theta**-exponents
+    # Rounded to float32 twice, as PyTorch does it: at position 2000 the last bit of a frequency is 1e-4 of an angle.
+    base = 1 / (config.theta**exponents).astype(np.float32)
     if config.kind == "default":
         return base, 1.0
     if config.kind == "linear":
@@ -67,7 +68,7 @@ def _llama3(config: RopeConfig, base: np.ndarray) -> np.ndarray:
     rotations = config.original_max_position * base / (2 * math.pi)  # turns within the original context
     low, high = config.low_freq_factor, config.high_freq_factor
     keep = np.clip((rotations - low) / (high - low), 0, 1)
-    return keep * base + (1 - keep) * base / config.factor
+    return (keep * base + (1 - keep) * base / config.factor).astype(np.float32)
 
 
 def _yarn(config: RopeConfig, base: np.ndarray, dim: int) -> np.ndarray:
@@ -82,7 +83,7 @@ def _yarn(config: RopeConfig, base: np.ndarray, dim: int) -> np.ndarray:
     if low == high:
         high += 0.001  # the ramp may not be a division by zero
     stretch = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
-    return (1 - stretch) * base + stretch * base / config.factor
+    return ((1 - stretch) * base + stretch * base / config.factor).astype(np.float32)
 
 
 def _yarn_attention_factor(config: RopeConfig) -> float:
@@ -99,7 +100,7 @@ def _yarn_attention_factor(config: RopeConfig) -> float:
 def rope_tables(config: RopeConfig, dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B, T, dim / 2] in float32 for positions [B, T]."""
     frequencies, factor = inverse_frequencies(config, dim, jnp.max(positions) + 1)
-    angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * np.float32(factor), jnp.sin(angles) * np.float32(factor)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_jax.config import SFTConfig
     from lora_jax.export.peft import load_adapter
-    from lora_jax.generate import generate, generate_text
+    from lora_jax.generation import generate, generate_text
     from lora_jax.loading import from_pretrained
     from lora_jax.lora import LoraConfig, get_peft_model
     from lora_jax.model import CausalLM
@@ -23,8 +23,8 @@ _MODULE_OF_NAME = {
     "SFTConfig": "lora_jax.config",
     "SFTTrainer": "lora_jax.trainer",
     "from_pretrained": "lora_jax.loading",
-    "generate": "lora_jax.generate",
-    "generate_text": "lora_jax.generate",
+    "generate": "lora_jax.generation",
+    "generate_text": "lora_jax.generation",
     "get_peft_model": "lora_jax.lora",
     "load_adapter": "lora_jax.export.peft",
     "make_eval_step": "lora_jax.step",

@@ -23,6 +23,7 @@ from rich.text import Text
 
 IGNORE = -100  # label of a token that is not trained on (Hugging Face's convention)
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # sentencepiece's tokens for single bytes; some vocabularies list them as added
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -214,9 +215,8 @@ class Encoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not getattr(tokenizer, "is_fast", False) or backend is None:
             raise ValueError(
-                f"{_name(tokenizer)} is a slow tokenizer: it does not say which characters a token stands for, "
-                f"which the "
-                "loss mask needs. Load the model's fast tokenizer, AutoTokenizer.from_pretrained(folder) with a "
+                f"{_name(tokenizer)} is a slow tokenizer: it does not say which characters a token stands for, which "
+                "the loss mask needs. Load the model's fast tokenizer, AutoTokenizer.from_pretrained(folder) with a "
                 "tokenizer.json in the folder (transformers writes one when a fast tokenizer is saved)."
             )
         from tokenizers import Tokenizer
@@ -239,19 +239,25 @@ class Encoder:
         self.bos_ids: list[int] = full[: starts[0]] if starts else []  # what the tokenizer puts before plain text
 
     def offsets(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids, starts, ends), int32 [n] each; token t stands for text[starts[t]:ends[t]]. No special tokens added."""
+        """(ids, starts, ends), int32 [n] each; token t stands for text[starts[t]:ends[t]]. No special tokens added.
+
+        An added token that takes in the whitespace beside it (Phi-3's do) counts without that whitespace.
+        """
         encoding = self._raw.encode(text, add_special_tokens=False)
         if self._unproved:
             self._unproved -= 1
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if ids != encoding.ids:
                 raise ValueError(
-                    f"{_name(self.tokenizer)} does not give the ids of its own tokenizer.json (for "
-                    f"{text[:60]!r}), so its "
-                    "tokens cannot be placed in the text. Load it with AutoTokenizer.from_pretrained and no options."
+                    f"{_name(self.tokenizer)} does not give the ids of its own tokenizer.json (for {text[:60]!r}), so "
+                    "its tokens cannot be placed in the text. Load it with AutoTokenizer.from_pretrained and no "
+                    "options."
                 )
-        offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
-        return np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1]
+        ids, offsets = np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
+        for t in np.flatnonzero(np.isin(ids, self._closers)):
+            start, end = offsets[t]
+            offsets[t] = end - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())
+        return ids, offsets[:, 0], offsets[:, 1]
 
     def encode_chat(self, chat: ChatText) -> Encoded:
         """A rendered conversation. The template is the authority on special tokens: none is added."""
@@ -329,8 +335,8 @@ def _pieces(example: Any, tokenizer: Any) -> list[tuple[str, bool]]:
 
 
 def _inside(starts: np.ndarray, ends: np.ndarray, span: tuple[int, int]) -> np.ndarray:
-    """Which tokens lie wholly in the span; one of no width at its very start belongs to what is before."""
-    return (starts >= span[0]) & (ends <= span[1]) & (ends > span[0])
+    """Which tokens lie wholly in the span."""
+    return (starts >= span[0]) & (ends <= span[1])
 
 
 def _straddles(starts: np.ndarray, ends: np.ndarray, at: int) -> bool:
@@ -347,7 +353,7 @@ def _closers(tokenizer: Any) -> dict[int, str]:
     """Tokens that can end a turn, by id: all added tokens, as some models' end-of-turn token is not "special"."""
     tokens = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
     tokens |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return {i: token for i, token in tokens.items() if token.strip()}
+    return {i: token for i, token in tokens.items() if token.strip() and not _BYTE.fullmatch(token)}
 
 
 def _drops(message: Mapping[str, Any], text: str) -> bool:

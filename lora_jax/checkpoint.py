@@ -141,11 +141,12 @@ class Checkpointer:
             error, self._error = self._error, None
             raise self._explain(error) from error
 
-    def delete_all(self) -> None:
-        """Remove every checkpoint of this folder."""
+    def delete_after(self, step: int) -> None:
+        """Remove every checkpoint of a later step."""
         self.wait()
         for path in list_checkpoints(self.output_dir):
-            shutil.rmtree(path)
+            if step_of(path) > step:
+                shutil.rmtree(path)
 
     def _delete_old(self) -> None:
         if self.keep is not None:

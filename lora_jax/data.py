@@ -193,9 +193,8 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 ) from error
             if not isinstance(row, dict):
                 raise ValueError(
-                    f"{path}, line {number}: {_short(text.strip())} is not a JSON object; wanted one object per "
-                    f"line, such as "
-                    f"{_SAMPLE}."
+                    f"{path}, line {number}: {_short(text.strip())} is not a JSON object; wanted one object per line, "
+                    f"such as {_SAMPLE}."
                 )
             yield row
 
@@ -333,9 +332,8 @@ class _RowTokenizer:
             return self._text(prompt + completion, len(prompt) if only else 0)
         if isinstance(prompt, str) or isinstance(completion, str):
             raise ValueError(
-                f"prompt is {type(prompt).__name__} and completion is {type(completion).__name__}; wanted two "
-                f"strings or two "
-                "lists of messages."
+                f"prompt is {type(prompt).__name__} and completion is {type(completion).__name__}; wanted two strings "
+                "or two lists of messages."
             )
         messages = _messages(prompt, "prompt")
         first_turn = len(messages) if only else 0
@@ -391,16 +389,14 @@ def _tokenised(row: Mapping[str, Any]) -> Example:
     labels = ids if row.get("labels") is None else np.asarray(row["labels"])
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or labels.shape != ids.shape:
         raise ValueError(
-            f"input_ids of shape {ids.shape} ({ids.dtype}) and labels of shape {labels.shape}; wanted two lists "
-            f"of integers of "
-            "the same length."
+            f"input_ids of shape {ids.shape} ({ids.dtype}) and labels of shape {labels.shape}; wanted two lists of "
+            "integers of the same length."
         )
     wrong = np.flatnonzero((labels != IGNORE) & (labels != ids))
     if len(wrong):
         raise ValueError(
-            f"labels[{wrong[0]}] is {labels[wrong[0]]} where input_ids has {ids[wrong[0]]}; wanted the same "
-            f"token or -100. "
-            "Labels are not shifted: the model does that."
+            f"labels[{wrong[0]}] is {labels[wrong[0]]} where input_ids has {ids[wrong[0]]}; wanted the same token or "
+            "-100. Labels are not shifted: the model does that."
         )
     labels = labels.astype(np.int32)
     labels[:1] = IGNORE
@@ -445,11 +441,10 @@ class _Report:
             raise ValueError("the data set is empty: it has no rows, so there is nothing to train on.")
         if not kept:
             raise ValueError(
-                f"nothing to train on: of {self.examples} examples from {self.rows} rows, {self.lost} lost their whole "
-                f"response when cut to max_length={self.max_length} (the longest has {self.longest} tokens), and "
-                f"{self.examples - self.lost} have no token with a label. Raise max_length or shorten the "
-                f"prompts in the "
-                "first case; in the second, check that rows have an assistant turn or a completion."
+                f"nothing to train on: of {self.examples} examples from {self.rows} rows, {self.lost} lost their "
+                f"whole response when cut to max_length={self.max_length} (the longest has {self.longest} tokens), "
+                f"and {self.examples - self.lost} have no token with a label. Raise max_length or shorten the prompts "
+                "in the first case; in the second, check that rows have an assistant turn or a completion."
             )
         if self.cut:
             lost = f" {self.lost} of them lost their whole response and were dropped." if self.lost else ""

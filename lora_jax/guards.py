@@ -40,16 +40,16 @@ def _norms(metrics: Mapping[str, Any]) -> list[tuple[str, float]]:
         if value.ndim == 0:
             found.append((name, float(value)))
         else:
-            found += [(f"{name} of layer {layer}", float(norm)) for layer, norm in enumerate(value)]
+            found += [(f"{name} (layer {layer} of its stack)", float(norm)) for layer, norm in enumerate(value)]
     return found
 
 
 class TrainableCheck:
     """Every trainable leaf must have a non-zero gradient as soon as it mathematically should.
 
-    With y = x W + s (x A) B the gradient of A has B as a factor, and B starts at zero: A is due once B is not zero, which
-    is from the second step on, or later if the learning rate starts at zero (warmup), or at once with an adapter that was
-    trained before. Everything else is due at the first step.
+    With y = x W + s (x A) B the gradient of A has B as a factor, and B starts at zero: A is due once B is not zero,
+    which is from the second step on, or later if the learning rate starts at zero (warmup), or at once with an adapter
+    that was trained before. Everything else is due at the first step.
     """
 
     def __init__(self) -> None:

@@ -85,7 +85,9 @@ def from_pretrained(
             raise
         hint = "" if load_in_4bit else " load_in_4bit=True needs about a quarter of the memory."
         raise MemoryError(f"the weights of {folder} do not fit on {jax.devices()[0]}.{hint} ({error})") from error
-    return CausalLM(module, hf_config=hf_config, source=folder, max_seq_length=max_seq_length), tokenizer
+    name = str(model_name)
+    model = CausalLM(module, hf_config=hf_config, source=folder, name_or_path=name, max_seq_length=max_seq_length)
+    return model, tokenizer
 
 
 def load_tokenizer(folder: Path):

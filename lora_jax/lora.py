@@ -14,7 +14,7 @@ from lora_jax.model import CausalLM
 from lora_jax.models.decoder import Block, Decoder
 from lora_jax.models.linear import Embedding, Linear, RMSNorm
 
-__all__ = ["DEFAULT_TARGETS", "LoraConfig", "add_adapters", "get_peft_model", "parameter_counts"]
+__all__ = ["DEFAULT_TARGETS", "LoraConfig", "add_adapters", "get_peft_model", "parameter_counts", "target_names_for_peft"]
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -142,6 +142,19 @@ def parameter_counts(model: CausalLM) -> tuple[int, int]:
     trained = sum(np.size(leaf) for leaf in jax.tree.leaves(model.split()[1]))
     frozen = sum(math.prod(slot.shape) for slot in model.module.slots().values())
     return trained, trained + frozen
+
+
+def target_names_for_peft(model: CausalLM) -> list[str] | str:
+    """`target_modules` as PEFT understands it: a regex as it is, otherwise a list of names.
+
+    "all-linear" is written out, since which modules that means depends on the reader's version.
+    """
+    assert model.lora_config is not None
+    targets = model.lora_config.target_modules
+    if targets == "all-linear":
+        names = _target_names(model.module, model.lora_config, set(range(model.config.num_layers)))
+        return sorted({name.rpartition(".")[2] for name in names})
+    return targets if isinstance(targets, str) else sorted(targets)
 
 
 def _target_names(decoder: Decoder, config: LoraConfig, layers: set[int]) -> set[str]:

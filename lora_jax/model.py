@@ -21,10 +21,19 @@ class CausalLM:
     The arrays live in `module`, a Flax NNX module; `split()` gives them as plain pytrees for pure functions.
     """
 
-    def __init__(self, module: Decoder, *, hf_config: dict[str, Any], source: Path, max_seq_length: int | None = None):
+    def __init__(
+        self,
+        module: Decoder,
+        *,
+        hf_config: dict[str, Any],
+        source: Path,
+        name_or_path: str | None = None,
+        max_seq_length: int | None = None,
+    ):
         self.module = module
         self.hf_config = hf_config  # config.json as the source had it
         self.source = source  # the folder it was loaded from
+        self.name_or_path = name_or_path or str(source)  # what the user called it: a hub id or a folder
         self.max_seq_length = max_seq_length or module.config.max_position
         self.lora_config: LoraConfig | None = None
         self._compiled: dict[str, Any] = {}  # jitted functions of this model, by name
@@ -51,21 +60,21 @@ class CausalLM:
           attention_mask: int or bool [B, T], 0 for padding on the left or right of a row; None for no padding. What
             stands at padding positions of the result means nothing.
         """
-        from lora_jax.generate import logits
+        from lora_jax.generation import logits
 
         return logits(self, input_ids, attention_mask)
 
     def generate(self, input_ids, **options):
-        """Generates text; see `lora_jax.generate.generate`."""
-        from lora_jax.generate import generate
+        """Generates text; see `lora_jax.generation.generate`."""
+        from lora_jax.generation import generate
 
         return generate(self, input_ids, **options)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the adapter as a PEFT folder; see `lora_jax.export.peft.save_adapter`."""
         from lora_jax.export.peft import save_adapter
 
-        return save_adapter(self, Path(folder))
+        return save_adapter(self, Path(folder), overwrite=overwrite)
 
     def save_pretrained_merged(self, folder: str | Path, tokenizer: Any = None, **options) -> Path:
         """Writes base and adapter as one Hugging Face folder; see `lora_jax.export.hf.save_merged`."""

@@ -14,17 +14,22 @@ from rich.progress import TimeRemainingColumn as EtaColumn
 console = Console(stderr=True)  # stdout is left to the user's program
 
 
+def say(*texts: Any) -> None:
+    """Print lines above the progress bar. Strings are taken as they are: a path may hold brackets."""
+    console.print(*texts, sep="\n", markup=False, highlight=False, soft_wrap=True)
+
+
 class ProgressBar:
     """Loss, learning rate, gradient norm, tokens/s, device memory and remaining time of a run."""
 
     def __init__(self, total: int, start: int, *, enabled: bool = True) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             EtaColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             console=console,
             disable=not enabled,
         )
@@ -56,7 +61,7 @@ class ProgressBar:
 
 
 def device_memory() -> dict[str, int] | None:
-    """bytes_in_use, peak_bytes_in_use and bytes_limit of the first device; None where the backend does not say (CPU)."""
+    """bytes_in_use, peak_bytes_in_use and bytes_limit of the first device; None if the backend does not say (CPU)."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats()

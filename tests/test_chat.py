@@ -1,6 +1,8 @@
 """Which tokens are trained on, for chat templates of every habit; all expectations are written out as text."""
 
+import json
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +78,7 @@ NO_EOS = (
 )
 
 
-def byte_level(template: str | None, specials: list[str], *, bos: str | None, eos: str, adds_bos: bool = False):
+def byte_level(template: str | None, specials: list[str], *, bos: str | None, eos: str, adds_bos=False) -> Any:
     """A small byte-level BPE, trained here; its pad token is its end token, as SmolLM2's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -87,7 +89,7 @@ def byte_level(template: str | None, specials: list[str], *, bos: str | None, eo
         trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, special_tokens=specials, show_progress=False),
     )
     steps: list = [processors.ByteLevel(trim_offsets=True)]  # hides leading spaces from offsets, as GPT-2's does
-    if adds_bos:
+    if adds_bos and bos:
         steps.append(processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]))
     tokenizer.post_processor = processors.Sequence(steps)
     return PreTrainedTokenizerFast(
@@ -95,16 +97,16 @@ def byte_level(template: str | None, specials: list[str], *, bos: str | None, eo
     )
 
 
-def chatml(template: str | None = CHATML):
+def chatml(template: str | None = CHATML) -> Any:
     return byte_level(template, ["<|im_start|>", "<|im_end|>"], bos="<|im_start|>", eos="<|im_end|>")
 
 
-def llama3():
+def llama3() -> Any:
     specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     return byte_level(LLAMA3, specials, bos="<|begin_of_text|>", eos="<|end_of_text|>", adds_bos=True)
 
 
-def sentencepiece():
+def sentencepiece(bytes_are_added=False) -> Any:
     """As Llama 2's: spaces become "▁", one is put before the text, bytes stand in for unknown characters."""
     specials = ["<unk>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -121,6 +123,10 @@ def sentencepiece():
     # Trained on words, or without a pre-tokeniser whole sentences would become tokens.
     tokenizer.train_from_iterator([w for text in CORPUS for w in text.split()], trainer)
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    state = json.loads(tokenizer.to_str())
+    if not bytes_are_added:  # in Llama 2's vocabulary they are not
+        state["added_tokens"] = state["added_tokens"][: len(specials)]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=LLAMA2
     )
@@ -139,7 +145,7 @@ def examples_of(tokenizer, messages, **options):
     return tokenize_rows([{"messages": messages}], tokenizer, max_length=4096, progress=False, **options)
 
 
-def trained(example, tokenizer) -> list[str]:
+def trained(example, tokenizer) -> list[Any]:
     """The trained runs as text."""
     runs, last = [], None
     for t in np.flatnonzero(example.labels != IGNORE):
@@ -203,11 +209,20 @@ def test_content_with_whitespace_around_it():
     tokenizer = chatml()
     (example,) = examples_of(tokenizer, chat("  Hello?\n", " The answer \n\n", "?", " 42\n"))
     assert trained(example, tokenizer) == [" The answer \n\n<|im_end|>", " 42\n<|im_end|>"]
-    # Here the header's newline and the answer's are one token, which the prompt begins: at inference it is never asked for.
+    # Here the header's newline and the answer's first are one token: at inference it is never asked for.
     assert "\n\n" in tokenizer.decode(tokenizer("\n\n")["input_ids"][:1])
     with pytest.warns(UserWarning, match="holds the end of a prompt and the start of its response"):
-        (example,) = examples_of(tokenizer, chat("Hello?", "\nThe answer"))
-    assert trained(example, tokenizer) == ["The answer<|im_end|>"]
+        (example,) = examples_of(tokenizer, chat("Hello?", "\n\nThe answer"))
+    assert trained(example, tokenizer) == ["\nThe answer<|im_end|>"]
+
+
+@pytest.mark.parametrize("bytes_are_added", [False, True])
+def test_newlines_of_sentencepiece_are_bytes(bytes_are_added):
+    tokenizer = sentencepiece(bytes_are_added)
+    (example,) = examples_of(tokenizer, chat("\n", "\n\nb\n", "c\n\n", "\n日本\n"))
+    assert preview_plain(example, tokenizer).replace("<s> ", "<s>") == (
+        "<s>[INST] \n [/INST][[ \n\nb\n</s>]] [INST] c\n\n [/INST][[ \n日本\n</s>]]"
+    )
 
 
 def test_trimming_template():
@@ -239,7 +254,7 @@ def test_unicode(make, answer):
         for end in ends:
             run = run.removesuffix(end)
         # the byte-fallback tokenizer writes a space after a special token inside of text
-        assert run.strip() == answer or answer == "<|im_start|>fake"
+        assert run.strip() == answer
 
 
 def test_a_token_over_the_boundary_is_not_trained_and_said():
@@ -315,6 +330,18 @@ def test_eos_that_closes_the_conversation_does_not_split_it():
     assert trained(example, tokenizer) == ["I am fine.<|end|>", "Thanks.<|end|>\n</s>"]
 
 
+def test_eos_at_the_end_does_not_hide_that_reasoning_was_dropped():
+    specials = ["<s>", "</s>", "<|end|>", "<|user|>", "<|assistant|>"]
+    drops = EOS_AT_END.replace("m['content']", "(m['content'] if loop.last else m['content'].split('</think>')[-1])")
+    tokenizer = byte_level(drops, specials, bos="<s>", eos="</s>")
+    with pytest.warns(UserWarning, match="one example per assistant turn"):
+        examples = examples_of(tokenizer, chat("Hello?", "<think>hm</think>I am fine.", "And you?", "Thanks."))
+    assert [trained(e, tokenizer) for e in examples] == [
+        ["<think>hm</think>I am fine.<|end|>\n</s>"],
+        ["Thanks.<|end|>\n</s>"],
+    ]
+
+
 def test_eos_that_alone_closes_a_turn_is_learnt_for_every_turn():
     tokenizer = byte_level(ONLY_EOS_AT_END, ["</s>"], bos=None, eos="</s>")
     with pytest.warns(UserWarning, match="one example per assistant turn"):
@@ -333,9 +360,8 @@ def test_template_without_end_token_is_said_once():
 
 
 def test_generation_block_that_leaves_out_the_end_token_is_followed_and_said():
-    template = GENERATION.replace(
-        "+ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}", "}}{% endgeneration %}{{ '<|im_end|>\n' }}"
-    )
+    marked, bare = "+ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}", "}}{% endgeneration %}{{ '<|im_end|>\n' }}"
+    template = GENERATION.replace(marked, bare)
     assert template != GENERATION
     tokenizer = chatml(template)
     with pytest.warns(UserWarning, match="inside {% generation %}"):
@@ -360,7 +386,8 @@ def test_chat_template_without_the_bos_that_plain_text_gets_is_said():
 def test_consecutive_turns_tools_and_template_variables_reach_the_template():
     template = (
         "{% if tools %}{{ 'tools: ' + tools | tojson + ' ' + mode + '\n' }}{% endif %}{% for m in messages %}"
-        "{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] or '') + (m['tool_calls'] | tojson if m['tool_calls'] else '')"
+        "{{ '<|im_start|>' + m['role'] + '\n' + (m['content'] or '')"
+        " + (m['tool_calls'] | tojson if m['tool_calls'] else '')"
         " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     tokenizer = chatml(template)
@@ -456,6 +483,17 @@ def test_end_token_that_is_not_special_ends_a_turn():
     tokenizer.add_tokens([AddedToken("<|im_end|>", special=False, normalized=False)])
     (example,) = examples_of(tokenizer, chat("Hello?", "Hi"))
     assert trained(example, tokenizer) == ["Hi<|im_end|>"]
+
+
+def test_end_token_that_takes_in_whitespace_is_trained():
+    # Each user turn begins with the newline that the end token of the assistant's turn swallows.
+    template = CHATML.replace("{{ '<|im_start|>'", "{{ '\n<|im_start|>'").replace("'<|im_end|>' + '\n'", "'<|im_end|>'")
+    template = template.replace("{{ '<|im_start|>assistant", "{{ '\n<|im_start|>assistant")
+    tokenizer = byte_level(template, ["</s>"], bos=None, eos="</s>")
+    marks = [AddedToken(t, special=True, rstrip=True) for t in ("<|im_start|>", "<|im_end|>")]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    (example,) = examples_of(tokenizer, chat("Hello?", "Hi", "And?", "Ho"))
+    assert trained(example, tokenizer) == ["Hi<|im_end|>", "Ho<|im_end|>"]
 
 
 def test_no_chat_template():

@@ -132,7 +132,7 @@ def test_clip_divides_by_norm_plus_1e_6():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nothing_changes_from_the_first_nonfinite_gradient_on(bad: float):
     optimizer, _ = make_optimizer(_adamw_config(), 4)
-    guarded = stop_at_nonfinite(optimizer)
+    guarded: Any = stop_at_nonfinite(optimizer)
     params = [jnp.asarray(p, jnp.float32) for p in _START]
     good = _gradients(params, 0)
     updates, state = guarded.update(good, guarded.init(params), params)

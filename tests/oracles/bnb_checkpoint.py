@@ -1,7 +1,8 @@
 """Write MODEL_DIR as a bitsandbytes NF4 checkpoint, as the `*-bnb-4bit` ones on the hub, by transformers itself.
 
-OUT_DIR receives the checkpoint (with the tokenizer files of MODEL_DIR) and, beside its own weights, DEQUANT.safetensors:
-every weight under its Hugging Face name as the 4-bit model sees it (dequantised by bitsandbytes, in --dtype).
+OUT_DIR receives the checkpoint (with the tokenizer files of MODEL_DIR) and, beside its own weights,
+DEQUANT.safetensors: every weight under its Hugging Face name as the 4-bit model sees it (dequantised by bitsandbytes,
+in --dtype).
 """
 # pyright: reportMissingImports=false
 
@@ -9,10 +10,10 @@ import argparse
 import shutil
 from pathlib import Path
 
-import bitsandbytes.functional as bnb
-import hf_model  # noqa: F401  (threads, offline)
+import hf_model  # noqa: F401  (sets threads, offline mode)
 import torch
 from bitsandbytes.nn import Params4bit
+from bnb_nf4 import dequantize
 from safetensors.torch import save_file
 from tiny_models import write_classic_config
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -39,6 +40,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         args.model_dir, quantization_config=quantization, dtype=dtype, device_map="cpu"
     )
+    # Before any forward call: on CPU one may repack the weights in place and round their absmax to bfloat16.
     model.save_pretrained(args.out_dir)
     if args.classic:
         write_classic_config(args.out_dir)
@@ -46,7 +48,7 @@ def main() -> None:
         for file in args.model_dir.glob(pattern):
             shutil.copy(file, args.out_dir)
     dequantized = {
-        name: bnb.dequantize_4bit(p, p.quant_state) if isinstance(p, Params4bit) else p.detach()
+        name: dequantize(p, p.quant_state) if isinstance(p, Params4bit) else p.detach()
         for name, p in model.named_parameters()  # names a tied weight once, as the checkpoint does
     }
     save_file(dequantized, args.out_dir / "DEQUANT.safetensors")

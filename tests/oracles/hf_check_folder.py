@@ -1,11 +1,11 @@
-"""Load a folder with transformers (config, weights, tokenizer, generation config) and print one JSON object about it."""
+"""Load a folder with transformers (weights, tokenizer, generation config) and print one JSON object about it."""
 # pyright: reportMissingImports=false
 
 import argparse
 import json
 from pathlib import Path
 
-import hf_model  # noqa: F401  (threads, offline)
+import hf_model  # noqa: F401  (sets threads, offline mode)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 

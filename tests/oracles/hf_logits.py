@@ -2,8 +2,8 @@
 
 IN.npz holds `prompt_0` [T], `prompt_1` [T'], ... (ids) and optionally `padded_ids` and `padded_mask` [B, T], padded on
 the left. OUT.npz holds float32 logits [T, V] under the same `prompt_*` names and `padded_logits` [B, T, V]; with
-`--last N` only the last N positions of each. Values at masked positions mean nothing. With `--each`, MODEL_DIR holds one
-folder per model, all get the same inputs (which saves the start-up time), and names become `FOLDER/prompt_0`.
+`--last N` only the last N positions of each. Values at masked positions mean nothing. With `--each`, MODEL_DIR holds
+one folder per model, all get the same inputs (which saves the start-up time), and names become `FOLDER/prompt_0`.
 """
 # pyright: reportMissingImports=false
 

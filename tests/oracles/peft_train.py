@@ -1,11 +1,11 @@
 """Train a LoRA adapter with transformers + PEFT + torch AdamW, one optimizer step per entry of BATCHES.npz.
 
-CONFIG.json: `lr` (a number, or one per step), `weight_decay`, `eps`, `betas`, optional `max_grad_norm`, optional `seed`
-(for PEFT's init); `alpha` and every other key go to peft.LoraConfig by its own names (r, target_modules, use_rslora, ...).
+CONFIG.json: `lr` (a number, or one per step), `weight_decay`, `eps`, `betas`, optional `max_grad_norm` and `seed` (of
+PEFT's init); `alpha` and every other key go to peft.LoraConfig by its own names (r, target_modules, use_rslora, ...).
 BATCHES.npz: `input_ids`, `labels` (-100: no loss), `attention_mask`, each [steps, A, B, T], padded on the right.
 The loss of a step is sum(nll) / number of label tokens over all A micro-batches. OUT_DIR receives losses.npy and
-grad_norms.npy (before clipping) [steps], first_grads.safetensors (before clipping, PEFT's file names), init/ (the adapter
-before the first step) and adapter/ (after the last).
+grad_norms.npy (before clipping) [steps], first_grads.safetensors (before clipping, PEFT's file names), init/ (the
+adapter before the first step) and adapter/ (after the last).
 """
 # pyright: reportMissingImports=false
 

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-import hf_model  # noqa: F401  (threads, no progress bars)
+import hf_model  # noqa: F401  (sets threads, no progress bars)
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -36,7 +36,10 @@ def rope(rope_type: str, **values) -> dict:
 KINDS: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
     "llama1": ("llama", {"num_key_value_heads": 4, "num_hidden_layers": 3}),  # no grouped queries
-    "llama-h96": ("llama", {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6}),  # rows cut NF4 blocks
+    "llama-h96": (
+        "llama",
+        {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6},
+    ),  # rows cut NF4 blocks
     # k_proj is [20, 40]: 800 weights, the last NF4 block has 32.
     "llama-h40": ("llama", {"hidden_size": 40, "intermediate_size": 56}),
     "llama-rope-llama3": (
@@ -89,7 +92,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 
 def write_classic_config(folder: Path) -> None:
-    """Rewrite config.json as hub files of transformers 4 have it: rope_theta, rope_scaling, torch_dtype; defaults left out."""
+    """Rewrite config.json as hub files of transformers 4: rope_theta, rope_scaling, torch_dtype, few defaults."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     scaling = config.pop("rope_parameters")

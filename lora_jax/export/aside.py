@@ -1,0 +1,58 @@
+"""Outputs are written aside and renamed when they are whole, so that a failure leaves nothing half-written."""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["folder_aside"]
+
+
+@contextlib.contextmanager
+def folder_aside(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields an empty temporary folder that becomes `folder` when the block ends without an error.
+
+    Raises:
+      FileExistsError: the folder exists, holds something, and `overwrite` is False.
+      OSError: it cannot be written, or the disk is full; an existing folder is left as it was.
+    """
+    folder = folder.expanduser().absolute()
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; give the name of a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"{folder} exists and is not empty; choose another folder or pass overwrite=True")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise type(error)(error.errno, f"{folder} cannot be written ({error.strerror}); choose another place") from None
+    try:
+        yield aside
+        os.chmod(aside, 0o777 & ~_umask())  # mkdtemp makes it private
+        _replace(aside, folder)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, f"the disk is full while writing {folder}; nothing was changed there") from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Renames `new` to `folder`, whose former content is removed last."""
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    os.rename(folder, old / "content")
+    os.rename(new, folder)
+    shutil.rmtree(old)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

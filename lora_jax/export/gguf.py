@@ -1,0 +1,581 @@
+"""Export of Llama and Mistral models to GGUF, the file format of llama.cpp.
+
+A GGUF file holds metadata (shape of the model, tokenizer, chat template) and then the tensors. Tensor by tensor, the
+source is read, converted and written, so that memory holds one tensor and its converted copy. The finished file is
+read back and compared with the source before it takes its name.
+
+File types: "f32"; "f16"; "bf16"; "q8_0" (blocks of 32 int8 and one float16 scale). As in llama.cpp's own converter,
+norms, biases and other 1-D tensors are float32 in all of them.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as GgmlType
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from lora_jax.export.gguf_tokenizer import GgufTokenizer, read_tokenizer
+from lora_jax.reporting import console, say
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+FILE_TYPES = {
+    "f32": (gguf.LlamaFileType.ALL_F32, GgmlType.F32),
+    "f16": (gguf.LlamaFileType.MOSTLY_F16, GgmlType.F16),
+    "bf16": (gguf.LlamaFileType.MOSTLY_BF16, GgmlType.BF16),
+    "q8_0": (gguf.LlamaFileType.MOSTLY_Q8_0, GgmlType.Q8_0),
+}
+_CHUNK = 1 << 22  # elements converted or compared at a time
+_F16_MAX = 65504.0
+
+# Hugging Face module -> GGUF name, once in the model and once per layer ("blk.{i}." before it).
+_ONCE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_PER_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+class TensorSource(Protocol):
+    """One tensor of the model, read when it is needed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that `read` returns."""
+        ...
+
+    def read(self) -> np.ndarray:
+        """The values, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One tensor of the file to write."""
+
+    name: str  # in the GGUF
+    hf_name: str
+    source: TensorSource
+    heads: int | None  # of rows to permute (q and k), else None
+    type: GgmlType
+
+    @property
+    def nbytes(self) -> int:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[self.type]
+        return math.prod(self.source.shape) // block * block_bytes
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A tensor that is not in the checkpoint."""
+
+    values: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def read(self) -> np.ndarray:
+        return self.values
+
+
+@dataclass(frozen=True)
+class _ModelShape:
+    """config.json, in either of its forms (hub: rope_theta and rope_scaling; transformers 5: rope_parameters)."""
+
+    vocab: int
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    norm_eps: float
+    tied: bool
+    rope: dict[str, Any]  # rope_type, rope_theta and the arguments of the type
+    sliding_window: int | None
+
+
+def write_gguf(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, TensorSource],
+    hf_config: Mapping[str, Any],
+    tokenizer_dir: str | os.PathLike[str],
+    file_type: str,
+    *,
+    name: str | None = None,
+    verify: bool = True,
+    progress: bool = True,
+) -> Path:
+    """Write one GGUF file that llama.cpp and the programs built on it load; return its path.
+
+    Args:
+      path: the file to write. It appears when it is complete; an older file of that name stays until then.
+      tensors: Hugging Face name -> tensor, float32, linear weights as [out, in].
+      hf_config: the model's config.json.
+      tokenizer_dir: folder with tokenizer.json, tokenizer_config.json, generation_config.json, chat template.
+      file_type: "f32", "f16", "bf16" or "q8_0". Rows that do not divide by 32 are float16 in a q8_0 file.
+      name: `general.name` in the file; by default the file's name.
+      verify: read the file back and compare every tensor with its source (see `verify_gguf`).
+      progress: show a progress bar.
+
+    What the file cannot express is printed (to stderr).
+
+    Raises:
+      ValueError: unknown file type or architecture; tensors missing, unknown, of another shape than the config says,
+        not finite, or too large for float16; a tokenizer or rope scaling that llama.cpp does not have; verification
+        failed.
+      FileNotFoundError: no tokenizer in `tokenizer_dir`, or no folder to write to.
+      OSError: the file could not be written (disk full). Nothing is left behind.
+    """
+    path, tokenizer_dir = Path(path), Path(tokenizer_dir)
+    if file_type not in FILE_TYPES:
+        raise ValueError(f"GGUF file type {file_type!r} is not known; choose one of {', '.join(FILE_TYPES)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write the GGUF file {path}: it is a folder")
+    shape = _model_shape(hf_config)
+    plan, notes = _plan(tensors, shape, FILE_TYPES[file_type][1])
+    tokenizer = read_tokenizer(tokenizer_dir, shape.vocab)
+    for note in notes + tokenizer.notes + _unsupported(shape):
+        say(f"GGUF: {note}")
+
+    # Beside the target, so that the rename stays within one file system.
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    writer = gguf.GGUFWriter(scratch, "llama")
+    disk = _Disk(path, sum(tensor.nbytes for tensor in plan))
+    try:
+        with disk.explained():
+            if shutil.disk_usage(path.parent).free < disk.needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        _write(writer, plan, shape, tokenizer, file_type, name or path.stem, disk, progress)
+        with disk.explained():
+            writer.close()
+        if verify:
+            verify_gguf(scratch, tensors, progress=progress)
+        with disk.explained():
+            os.replace(scratch, path)
+    finally:
+        with contextlib.suppress(OSError):  # what could not be written cannot be flushed either
+            writer.close()
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+def verify_gguf(path: str | os.PathLike[str], tensors: Mapping[str, TensorSource], *, progress: bool = False) -> None:
+    """Read a GGUF file back and compare every tensor, dequantised, with its source.
+
+    Bounds per element x: float32 equal; float16 and bfloat16 half a unit in the last place of x; Q8_0 half the block's
+    scale d, plus what rounding d to float16 makes of up to 127 steps (127 * 2^-11 d; 127 * 2^-25 where d is subnormal).
+
+    Raises ValueError that names the first tensor that is missing, too many, of another shape, or outside its bound.
+    """
+    reader = gguf.GGUFReader(path)
+    written = {tensor.name: tensor for tensor in reader.tensors}
+    heads = {
+        "attn_q": _field(reader, "llama.attention.head_count"),
+        "attn_k": _field(reader, "llama.attention.head_count_kv"),
+    }
+    names = {hf_name: name for hf_name in tensors if (name := _gguf_name(hf_name)) is not None}
+    if "output.weight" not in written:  # the head is tied to the embedding
+        names.pop("lm_head.weight", None)
+    extra = written.keys() - set(names.values()) - {"rope_freqs.weight"}
+    missing = set(names.values()) - written.keys()
+    if extra or missing:
+        raise ValueError(f"{path} does not hold the model: missing {sorted(missing)}, not in the model {sorted(extra)}")
+    total = sum(math.prod(tensors[hf_name].shape) for hf_name in names)
+    with _progress_bar("verifying", total, progress) as advance:
+        for hf_name, name in names.items():
+            tensor, source = written[name], tensors[hf_name]
+            if (got := tuple(int(n) for n in reversed(tensor.shape))) != tuple(source.shape):
+                raise ValueError(f"{path}: {name} has shape {got}, but {hf_name} has {tuple(source.shape)}")
+            kind = name.split(".")[-2]
+            _compare(tensor, source.read(), heads.get(kind), f"{path}: {name} ({tensor.tensor_type.name})", advance)
+
+
+def _compare(tensor: Any, expected: np.ndarray, heads: int | None, what: str, advance: Callable[[int], None]) -> None:
+    """`expected` is in the order of Hugging Face; rows of q and k are looked up where llama.cpp wants them."""
+    n = expected.shape[0]
+    rows = np.arange(n)
+    if heads is not None:  # dimension j of a head rotates with j + half; in the file they stand side by side
+        half = n // heads // 2
+        head, j = np.divmod(rows, 2 * half)
+        rows = head * 2 * half + 2 * (j % half) + j // half
+    for part in _row_chunks(expected.shape):
+        data = tensor.data[rows[part]] if heads is not None else tensor.data[part]
+        got, want = gguf.quants.dequantize(data, tensor.tensor_type), expected[part]
+        bad = ~(np.abs(got - want) <= _bound(want, tensor.tensor_type))  # written so that NaN counts as bad
+        if bad.any():
+            where = tuple(int(i) for i in np.argwhere(bad)[0])
+            raise ValueError(
+                f"{what}: {got[where]} was read back at {(part.start + where[0], *where[1:])} where {want[where]} "
+                f"was to be written; {int(bad.sum())} elements of these rows differ by more than the type allows"
+            )
+        advance(want.size)
+
+
+def _bound(x: np.ndarray, type: GgmlType) -> np.ndarray | float:
+    if type == GgmlType.F32:
+        return 0.0
+    if type in (GgmlType.F16, GgmlType.BF16):
+        bits, smallest = (11, -25) if type == GgmlType.F16 else (8, -134)
+        exponent = np.frexp(x)[
+            1
+        ]  # |x| in [2^(e-1), 2^e): half a unit in the last of `bits` binary digits is 2^(e-1-bits)
+        return np.ldexp(np.float32(1), np.maximum(exponent - 1 - bits, smallest))
+    blocks = x.reshape(-1, 32)
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / 127
+    # 1e-5: both sides are computed in float32
+    bound = 0.5 * scale * (1 + 1e-5) + 127 * np.maximum(scale * 2.0**-11, 2.0**-25)
+    return np.broadcast_to(bound, blocks.shape).reshape(x.shape)
+
+
+def _field(reader: gguf.GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    if field is None:
+        raise ValueError(f"the GGUF file has no field {key!r}")
+    return field.contents()
+
+
+# The plan: which tensors, under which names.
+
+
+def _gguf_name(hf_name: str) -> str | None:
+    """The tensor's name in the GGUF; None if it has none there (what is computed from the config)."""
+    if hf_name.endswith("rotary_emb.inv_freq"):
+        return None
+    module, _, suffix = hf_name.rpartition(".")
+    if suffix in ("weight", "bias"):
+        if module in _ONCE:
+            return f"{_ONCE[module]}.{suffix}"
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+        if match and match[2] in _PER_LAYER:
+            return f"blk.{match[1]}.{_PER_LAYER[match[2]]}.{suffix}"
+    raise ValueError(f"tensor {hf_name!r} has no place in a GGUF file of the llama architecture; merge adapters first")
+
+
+def _expected(shape: _ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every weight (biases are optional), in the order of the file."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    yield "model.embed_tokens.weight", (shape.vocab, shape.hidden)
+    per_layer = {
+        "input_layernorm": (shape.hidden,),
+        "self_attn.q_proj": (q, shape.hidden),
+        "self_attn.k_proj": (kv, shape.hidden),
+        "self_attn.v_proj": (kv, shape.hidden),
+        "self_attn.o_proj": (shape.hidden, q),
+        "post_attention_layernorm": (shape.hidden,),
+        "mlp.gate_proj": (shape.ffn, shape.hidden),
+        "mlp.up_proj": (shape.ffn, shape.hidden),
+        "mlp.down_proj": (shape.hidden, shape.ffn),
+    }
+    for i in range(shape.layers):
+        for module, size in per_layer.items():
+            yield f"model.layers.{i}.{module}.weight", size
+    yield "model.norm.weight", (shape.hidden,)
+    if not shape.tied:
+        yield "lm_head.weight", (shape.vocab, shape.hidden)
+
+
+def _plan(
+    tensors: Mapping[str, TensorSource], shape: _ModelShape, main_type: GgmlType
+) -> tuple[list[_Planned], list[str]]:
+    expected: dict[str, tuple[int, ...]] = {}
+    for hf_name, size in _expected(shape):
+        expected[hf_name] = size
+        bias = hf_name.removesuffix("weight") + "bias"
+        if len(size) == 2 and bias in tensors:
+            expected[bias] = size[:1]
+    if missing := [hf_name for hf_name in expected if hf_name not in tensors]:
+        raise ValueError(f"{len(missing)} tensors of the model are missing: {', '.join(missing[:5])}")
+    for hf_name in tensors.keys() - expected.keys():
+        tied_head = hf_name == "lm_head.weight" and shape.tied
+        if _gguf_name(hf_name) is not None and not tied_head:  # (raises where the name is unknown)
+            raise ValueError(
+                f"tensor {hf_name!r} does not belong to a model of {shape.layers} layers as config.json says"
+            )
+    plan = []
+    if (factors := _llama3_rope_factors(shape)) is not None:
+        plan.append(_Planned("rope_freqs.weight", "", _Computed(factors), None, GgmlType.F32))
+    fallbacks = []
+    for hf_name, size in expected.items():
+        source = tensors[hf_name]
+        if tuple(source.shape) != size:
+            raise ValueError(f"{hf_name} has shape {tuple(source.shape)}, but config.json asks for {size}")
+        type = main_type if len(size) == 2 else GgmlType.F32
+        if size[-1] % gguf.GGML_QUANT_SIZES[type][0]:
+            type = GgmlType.F16
+            fallbacks.append(hf_name)
+        module = hf_name.rsplit(".", 1)[0]
+        heads = {"q_proj": shape.heads, "k_proj": shape.kv_heads}.get(module.rsplit(".", 1)[-1])
+        name = _gguf_name(hf_name)
+        assert name is not None
+        plan.append(_Planned(name, hf_name, source, heads, type))
+    notes = []
+    if fallbacks:
+        notes.append(
+            f"{len(fallbacks)} tensors are float16, not {main_type.name}: their rows do not divide by 32 "
+            f"({', '.join(fallbacks[:3])}{', ...' if len(fallbacks) > 3 else ''})"
+        )
+    return plan, notes
+
+
+# Writing.
+
+
+@dataclass(frozen=True)
+class _Disk:
+    """Where the file goes."""
+
+    path: Path
+    needed: int  # bytes
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say of an error of the disk which file, how large, and that nothing is lost."""
+        try:
+            yield
+        except OSError as error:
+            free = shutil.disk_usage(self.path.parent).free
+            unchanged = "The file of that name is unchanged. " if self.path.exists() else ""
+            message = (
+                f"could not write {self.path} ({error.strerror or error}): it takes {self.needed / 1e9:.3f} GB, "
+                f"{free / 1e9:.3f} GB are free there. {unchanged}"
+                "Free some space, choose another folder, or a smaller file type (q8_0)"
+            )
+            # numpy, unlike open files, does not say why it could not write
+            raise OSError(error.errno or errno.EIO, message) from error
+
+
+def _write(
+    writer: gguf.GGUFWriter,
+    plan: list[_Planned],
+    shape: _ModelShape,
+    tokenizer: GgufTokenizer,
+    file_type: str,
+    name: str,
+    disk: _Disk,
+    progress: bool,
+) -> None:
+    # The header names every tensor with its place, so that the data can follow one by one.
+    for tensor in plan:
+        # the numpy type only matters where it is uint8
+        writer.add_tensor_info(tensor.name, tensor.source.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
+    _add_model(writer, shape, file_type, name)
+    _add_tokenizer(writer, tokenizer)
+    with disk.explained():
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    with _progress_bar(f"writing {file_type}", disk.needed, progress) as advance:
+        for tensor in plan:
+            data = _converted(tensor)
+            with disk.explained():
+                writer.write_tensor_data(data)
+            advance(tensor.nbytes)
+    with disk.explained():
+        writer.flush()
+        for file in writer.fout or ():  # the rename must not reach the disk before the data
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _progress_bar(what: str, total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not enabled) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def _converted(tensor: _Planned) -> np.ndarray:
+    """The tensor's bytes as they stand in the file, [rows, bytes of a row]."""
+    values = tensor.source.read()
+    if values.dtype != np.float32 or values.shape != tuple(tensor.source.shape):
+        raise ValueError(
+            f"{tensor.hf_name} was read as {values.dtype} {values.shape}, wanted float32 {tuple(tensor.source.shape)}"
+        )
+    for part in _row_chunks(values.shape):
+        _check_range(values[part], tensor)
+    if tensor.heads is not None:
+        # Hugging Face rotates dimension j with j + half, llama.cpp's llama neighbours: [2, half] becomes [half, 2].
+        half = values.shape[0] // tensor.heads // 2
+        split = values.reshape(tensor.heads, 2, half, *values.shape[1:])
+        values = split.swapaxes(1, 2).reshape(values.shape)
+    values = np.ascontiguousarray(values)
+    if tensor.type == GgmlType.F32:
+        return values
+    rows = tensor.source.shape[0]
+    out = np.empty((rows, tensor.nbytes // rows), np.uint8)
+    for part in _row_chunks(values.shape):
+        out[part] = gguf.quants.quantize(values[part], tensor.type).view(np.uint8)
+    return out
+
+
+def _check_range(values: np.ndarray, tensor: _Planned) -> None:
+    largest = np.abs(values).max()
+    if not np.isfinite(largest):
+        raise ValueError(f"{tensor.hf_name} holds NaN or infinity: the model is broken, nothing was written")
+    limit = {GgmlType.F16: _F16_MAX, GgmlType.Q8_0: 127 * _F16_MAX}.get(tensor.type)
+    if limit is not None and largest > limit:
+        raise ValueError(
+            f"{tensor.hf_name} holds {largest:.6g}, more than {tensor.type.name} can ({limit:.6g}); "
+            "export with file type bf16 instead"
+        )
+
+
+def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
+    rows = max(1, _CHUNK // math.prod(shape[1:]))
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
+
+
+# Metadata.
+
+
+def _model_shape(config: Mapping[str, Any]) -> _ModelShape:
+    architecture = next(iter(config.get("architectures") or ()), None)
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"GGUF export does not know the architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}"
+        )
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if missing := [key for key in needed if config.get(key) is None]:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"hidden_act is {activation!r}; llama.cpp's llama architecture has only 'silu'")
+    mistral = architecture == "MistralForCausalLM"
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    return _ModelShape(
+        vocab=config["vocab_size"],
+        hidden=hidden,
+        ffn=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        # defaults as in transformers' configurations
+        kv_heads=config.get("num_key_value_heads") or (8 if mistral else heads),
+        head_dim=config.get("head_dim") or hidden // heads,
+        context=config.get("max_position_embeddings") or (4096 * 32 if mistral else 2048),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        tied=config.get("tie_word_embeddings", False),
+        rope=_rope(config),
+        sliding_window=config.get("sliding_window") if mistral else None,
+    )
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    if rope["rope_type"] not in ("default", "linear", "dynamic", "yarn", "llama3"):
+        raise ValueError(
+            f"rope scaling {rope['rope_type']!r} is not supported in GGUF export (known: linear, dynamic, yarn, llama3)"
+        )
+    if rope["rope_type"] != "default" and "factor" not in rope:
+        raise ValueError(f"rope scaling {json.dumps(rope)} has no factor")
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ValueError(f"partial_rotary_factor is {partial}; the llama architecture rotates whole heads")
+    return rope
+
+
+def _llama3_rope_factors(shape: _ModelShape) -> np.ndarray | None:
+    """What llama.cpp divides each rotation frequency by, [head_dim / 2], for Llama 3.1's scaling.
+
+    Wavelengths below original_context / high_freq_factor stay, those above original_context / low_freq_factor are
+    stretched by `factor`, between them the frequency is interpolated (Llama 3.1; transformers' "llama3").
+    """
+    rope = shape.rope
+    if rope["rope_type"] != "llama3":
+        return None
+    keys = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [key for key in keys if key not in rope]:
+        raise ValueError(f"rope scaling of type llama3 lacks {', '.join(missing)}: {json.dumps(rope)}")
+    low, high, context = (rope[key] for key in keys)
+    wavelength = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, shape.head_dim, 2) / shape.head_dim)
+    smooth = np.clip((context / wavelength - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
+
+
+def _unsupported(shape: _ModelShape) -> list[str]:
+    notes = []
+    if shape.rope["rope_type"] == "dynamic":
+        notes.append(f"dynamic rope scaling is not written: right up to {shape.context} tokens, not beyond")
+    if shape.sliding_window is not None and shape.sliding_window < shape.context:
+        notes.append(
+            f"llama.cpp has no sliding window for this architecture: right up to {shape.sliding_window} tokens; "
+            "beyond, it attends to all of them"
+        )
+    return notes
+
+
+def _add_model(writer: gguf.GGUFWriter, shape: _ModelShape, file_type: str, name: str) -> None:
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
+    writer.add_file_type(FILE_TYPES[file_type][0])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(shape.layers)
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_feed_forward_length(shape.ffn)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    writer.add_vocab_size(shape.vocab)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(shape.rope["rope_theta"])
+    if shape.sliding_window is not None:
+        writer.add_sliding_window(shape.sliding_window)
+    kind = shape.rope["rope_type"]
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(shape.rope["factor"])
+    if kind == "yarn":
+        _add_yarn(writer, shape)
+
+
+def _add_yarn(writer: gguf.GGUFWriter, shape: _ModelShape) -> None:
+    rope = shape.rope
+    writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or shape.context)
+    writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
+    writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: GgufTokenizer) -> None:
+    writer.add_tokenizer_model(tokenizer.model)
+    writer.add_tokenizer_pre(tokenizer.pre)
+    writer.add_token_list(tokenizer.tokens)
+    writer.add_token_types(tokenizer.types)
+    if tokenizer.scores is not None:
+        writer.add_token_scores(tokenizer.scores)
+    if tokenizer.merges is not None:
+        writer.add_token_merges(tokenizer.merges)
+    for kind, id in tokenizer.special_ids.items():
+        getattr(writer, f"add_{kind}_token_id")(id)
+    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_add_eos_token(tokenizer.add_eos)
+    writer.add_add_space_prefix(tokenizer.add_space_prefix)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.chat_template)

@@ -1,0 +1,260 @@
+"""A Hugging Face tokenizer as the fields that llama.cpp reads from a GGUF file.
+
+llama.cpp has its own tokenizers, chosen by two strings: `tokenizer.ggml.model` (the algorithm) and
+`tokenizer.ggml.pre` (how the text is cut before byte-pair merging). A wrong choice loads without complaint and gives
+other ids than those the model was trained on. So both are decided from the structure of the tokenizer that
+transformers loads, and a structure that is not known to be the same in llama.cpp is refused.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import TokenType
+
+# The regular expressions by which known tokenizers cut a text. llama.cpp spells the case-insensitive contractions out.
+_CONTRACTIONS = ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = {c + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST for c in _CONTRACTIONS}
+_QWEN2 = {c + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST for c in _CONTRACTIONS}
+_TEKKEN = {
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+}
+_KNOWN_PRE = "gpt-2, smollm, llama-bpe, smaug-bpe, qwen2, tekken, and SentencePiece BPE (Llama 1 and 2, Mistral)"
+
+# llama.cpp ends a generation at tokens of these texts whatever the metadata says.
+_STOPS_BY_TEXT = {
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>",
+    "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>",
+}  # fmt: skip
+
+_SPACE = "\u2581"  # SentencePiece writes a space as this character
+
+
+@dataclass(frozen=True)
+class GgufTokenizer:
+    """What is written under `tokenizer.ggml.*`."""
+
+    model: str  # "gpt2": byte-level BPE; "llama": SentencePiece BPE
+    pre: str  # name of the pre-tokenizer in llama.cpp
+    tokens: list[str]  # text by id; ids that the tokenizer lacks are "[PAD{id}]"
+    types: list[TokenType]  # by id
+    merges: list[str] | None  # "left right", best first; byte-level BPE only
+    scores: list[float] | None  # by id, highest merges first; SentencePiece only
+    special_ids: dict[str, int]  # keys among bos, eos, unk, pad, eot, eom
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    chat_template: str | list[dict[str, str]] | None
+    notes: list[str]  # what llama.cpp will do differently, for the user
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
+    """Read the tokenizer in `folder` as transformers loads it, padded to `vocab_size` ids.
+
+    Raises FileNotFoundError if there is none, ValueError if llama.cpp has no tokenizer known to give the same ids.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise FileNotFoundError(f"no tokenizer in {folder} (wanted tokenizer.json); copy it there from the base model")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"the tokenizer in {folder} is a {type(tokenizer).__name__} without tokenizer.json")
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["id"]: token for token in spec["added_tokens"]}
+    notes: list[str] = []
+
+    if spec["model"]["type"] != "BPE":
+        raise ValueError(_refusal(folder, f"its model is {spec['model']['type']}"))
+    texts = {id: text for text, id in spec["model"]["vocab"].items()}
+    texts |= {id: token["content"] for id, token in added.items()}
+    if max(texts) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has id {max(texts)} ({texts[max(texts)]!r}) but the model only {vocab_size} "
+            "ids; resize the embedding or use the tokenizer that belongs to the model"
+        )
+    if spec["model"].get("continuing_subword_prefix") or spec["model"].get("end_of_word_suffix"):
+        raise ValueError(_refusal(folder, "its pieces have a subword prefix or suffix"))
+
+    if spec["model"].get("byte_fallback"):
+        model, pre, merges = "llama", "default", None
+        add_space_prefix = _spm_space_prefix(spec, folder, notes)
+        scores = _spm_scores(spec, texts, set(added), vocab_size, folder)
+    else:
+        model, pre, scores = "gpt2", _bpe_pre(spec, folder, notes), None
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
+        add_space_prefix = False
+    for token in added.values():
+        if flags := [flag for flag in ("lstrip", "rstrip", "single_word") if token[flag]]:
+            notes.append(f"token {token['content']!r}: llama.cpp ignores {', '.join(flags)}")
+    if tokenizer.chat_template is None:
+        notes.append("the tokenizer has no chat template: llama.cpp will fall back to its own")
+    add_bos, add_eos = _added_ends(tokenizer, folder)
+    return GgufTokenizer(
+        model=model,
+        pre=pre,
+        tokens=[texts.get(id, f"[PAD{id}]") for id in range(vocab_size)],
+        types=[_token_type(id, texts, added, spec) for id in range(vocab_size)],
+        merges=merges,
+        scores=scores,
+        special_ids=_special_ids(tokenizer, folder, texts, vocab_size, notes),
+        add_bos=add_bos,
+        add_eos=add_eos,
+        add_space_prefix=add_space_prefix,
+        chat_template=_chat_template(tokenizer.chat_template),
+        notes=notes,
+    )
+
+
+def _refusal(folder: Path, why: str) -> str:
+    return (
+        f"the tokenizer in {folder} is not one that is known to give the same ids in llama.cpp: {why}. "
+        f"Known are {_KNOWN_PRE}"
+    )
+
+
+def _parts(node: Any, list_key: str) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as the flat list of its steps."""
+    if node is None:
+        return []
+    return [p for step in node[list_key] for p in _parts(step, list_key)] if node["type"] == "Sequence" else [node]
+
+
+def _bpe_pre(spec: Mapping[str, Any], folder: Path, notes: list[str]) -> str:
+    """llama.cpp's name for how a byte-level BPE tokenizer cuts its text."""
+    *cuts, last = _parts(spec["pre_tokenizer"], "pretokenizers") or [{"type": "none"}]
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        raise ValueError(_refusal(folder, f"pre-tokenizer {json.dumps(spec['pre_tokenizer'])[:300]}"))
+    pre = None
+    if last["use_regex"]:  # the regular expression of GPT-2 stands inside ByteLevel
+        if not cuts:
+            pre = "gpt-2"
+        elif len(cuts) == 1 and cuts[0] == {"type": "Digits", "individual_digits": True}:
+            pre = "smollm"
+    elif len(cuts) == 1 and cuts[0]["type"] == "Split" and cuts[0]["behavior"] == "Isolated" and not cuts[0]["invert"]:
+        regex = cuts[0]["pattern"].get("Regex")
+        if regex in _LLAMA3:  # of the two, only llama-bpe takes a word that is a token without merging it
+            pre = "llama-bpe" if spec["model"].get("ignore_merges") else "smaug-bpe"
+        elif regex in _QWEN2:
+            pre = "qwen2"
+        elif regex in _TEKKEN:
+            pre = "tekken"
+    ignore_merges = spec["model"].get("ignore_merges", False)
+    if pre is None or (ignore_merges and pre not in ("llama-bpe", "tekken")):
+        why = f"pre-tokenizer {json.dumps(spec['pre_tokenizer'])[:300]}, ignore_merges {ignore_merges}"
+        raise ValueError(_refusal(folder, why))
+    for step in _parts(spec["normalizer"], "normalizers"):
+        if step["type"] != "NFC":
+            raise ValueError(_refusal(folder, f"normalizer {step['type']}"))
+        notes.append("llama.cpp does not normalise text to Unicode NFC as this tokenizer does; send it NFC text")
+    return pre
+
+
+def _spm_space_prefix(spec: Mapping[str, Any], folder: Path, notes: list[str]) -> bool:
+    """Whether a SentencePiece-like tokenizer puts a space before the text."""
+    scheme = "never"
+    for step in _parts(spec["normalizer"], "normalizers"):
+        if step == {"type": "Prepend", "prepend": _SPACE}:
+            scheme = "always"
+        elif step != {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}:
+            raise ValueError(_refusal(folder, f"normalizer {json.dumps(step)}"))
+    for step in _parts(spec["pre_tokenizer"], "pretokenizers"):
+        if step["type"] != "Metaspace" or step["replacement"] != _SPACE or step.get("split", True):
+            raise ValueError(_refusal(folder, f"pre-tokenizer {json.dumps(step)}"))
+        scheme = step["prepend_scheme"]
+    if scheme == "first":
+        notes.append("llama.cpp also puts a space before text that follows a special token; this tokenizer does not")
+    return scheme != "never"
+
+
+def _spm_scores(
+    spec: Mapping[str, Any], texts: Mapping[int, str], added: set[int], vocab_size: int, folder: Path
+) -> list[float]:
+    """Scores that order llama.cpp's merges as the tokenizer's merge list does.
+
+    llama.cpp joins the neighbours whose joined text is the token of highest score, whichever way the text is split.
+    That is the merge list's result if the list holds every split of every token, those of one token in a row: so it
+    is for lists made from SentencePiece models, and so it is checked here.
+    """
+    vocab = spec["model"]["vocab"]
+    if missing := [byte for byte in range(256) if f"<0x{byte:02X}>" not in vocab]:
+        raise ValueError(_refusal(folder, f"{len(missing)} of the 256 byte tokens are missing"))
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
+    scores = [-1e6] * vocab_size  # tokens that no merge makes are never looked up by score
+    order: dict[str, int] = {}
+    last = None
+    for left, right in merges:
+        if left + right != last and left + right in order:
+            raise ValueError(_refusal(folder, f"its merges that make {left + right!r} do not stand in a row"))
+        last = left + right
+        scores[vocab[last]] = -float(order.setdefault(last, len(order)))
+    known = set(merges)
+    for id, text in texts.items():
+        if id in added or re.fullmatch("<0x[0-9A-F]{2}>", text):
+            continue
+        for cut in range(1, len(text)):
+            split = (text[:cut], text[cut:])
+            if split[0] in vocab and split[1] in vocab and split not in known:
+                raise ValueError(
+                    _refusal(folder, f"it does not merge {split[0]!r} and {split[1]!r} to its token {text!r}")
+                )
+    return scores
+
+
+def _token_type(
+    id: int, texts: Mapping[int, str], added: Mapping[int, Mapping[str, Any]], spec: Mapping[str, Any]
+) -> TokenType:
+    if id not in texts:
+        return TokenType.UNUSED
+    if spec["model"].get("byte_fallback"):
+        if texts[id] == spec["model"].get("unk_token"):
+            return TokenType.UNKNOWN
+        if re.fullmatch("<0x[0-9A-F]{2}>", texts[id]):
+            return TokenType.BYTE
+    if id not in added:
+        return TokenType.NORMAL
+    return TokenType.CONTROL if added[id]["special"] else TokenType.USER_DEFINED
+
+
+def _added_ends(tokenizer: Any, folder: Path) -> tuple[bool, bool]:
+    """(adds BOS, adds EOS), from what the tokenizer does rather than from its settings, which contradict each other."""
+    whole, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            before, after = whole[:start], whole[start + len(text) :]
+            if before in ([], [tokenizer.bos_token_id]) and after in ([], [tokenizer.eos_token_id]):
+                return bool(before), bool(after)
+    raise ValueError(_refusal(folder, f"it encodes 'a' ({text}) as {whole}, not as [BOS] text [EOS]"))
+
+
+def _special_ids(
+    tokenizer: Any, folder: Path, texts: Mapping[int, str], vocab_size: int, notes: list[str]
+) -> dict[str, int]:
+    ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
+    ids = {kind: id for kind, id in ids.items() if id is not None}
+    stops: Any = []
+    if (path := folder / "generation_config.json").is_file():
+        stops = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
+    stops = [stops] if isinstance(stops, int) else list(stops)
+    if wrong := [id for id in stops if not 0 <= id < vocab_size]:
+        raise ValueError(f"{path} names eos_token_id {wrong}, but the model has only {vocab_size} ids")
+    # A file holds one EOS; llama.cpp also stops at the "end of turn" and "end of message" tokens.
+    more = [id for id in stops if id != ids.get("eos") and texts.get(id) not in _STOPS_BY_TEXT]
+    if "eos" not in ids and more:
+        ids["eos"] = more.pop(0)
+    ids |= dict(zip(("eot", "eom"), more, strict=False))
+    if lost := more[2:]:
+        notes.append(f"llama.cpp will not stop at {[texts.get(id) for id in lost]}: a GGUF file has room for three")
+    return ids
+
+
+def _chat_template(template: Any) -> str | list[dict[str, str]] | None:
+    if isinstance(template, dict):
+        return [{"name": name, "template": text} for name, text in template.items()]
+    return template

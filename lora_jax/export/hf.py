@@ -1,0 +1,138 @@
+"""The merged model as a Hugging Face folder that transformers 4 and 5, vLLM and llama.cpp's converter load."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+from rich.progress import Progress
+
+from lora_jax.export.aside import folder_aside
+from lora_jax.export.merge import merged_tensors
+from lora_jax.export.safetensors_writer import write_checkpoint
+
+if TYPE_CHECKING:
+    from lora_jax.model import CausalLM
+
+__all__ = ["copy_small_files", "save_merged"]
+
+# Copied byte for byte: what turns text into ids and back, and how to generate.
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+
+
+def save_merged(
+    model: "CausalLM",
+    folder: Path,
+    tokenizer: Any = None,
+    *,
+    save_method: str = "merged_16bit",
+    merge_base: str = "dequantized",
+    dtype: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    overwrite: bool = False,
+    verbose: bool = True,
+) -> Path:
+    """Writes base and adapter merged into one model, one tensor at a time, and reads every byte back.
+
+    config.json is the source's without `quantization_config`; tokenizer, chat template and generation_config.json are
+    copied byte for byte.
+
+    Args:
+      model: it is not changed, so that saving twice gives the same files.
+      folder: where to; it appears when everything is written.
+      tokenizer: only its chat template is used, if it is not the one of the source.
+      save_method: "merged_16bit", or "lora" for the adapter alone.
+      merge_base: "dequantized" or "original", see `lora_jax.export.merge`.
+      dtype: "bfloat16", "float16" or "float32"; None for the source's own if that has 16 bits, else bfloat16.
+      max_shard_size: bytes of one file at most.
+      overwrite: replace an existing folder.
+      verbose: show progress and what was merged.
+
+    Raises:
+      FileExistsError, OSError: the folder exists, cannot be written, or the disk is full.
+      ValueError: unknown method, base or dtype, a weight that float16 cannot hold, or one that is not finite.
+    """
+    if save_method == "lora":
+        return model.save_pretrained(folder, overwrite=overwrite)
+    if save_method != "merged_16bit":
+        raise ValueError(f"save_method={save_method!r} is unknown; known are 'merged_16bit' and 'lora'")
+    stored = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype")
+    name = dtype or (stored if stored in ("bfloat16", "float16") else "bfloat16")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype={name!r} is unknown; known are {', '.join(_DTYPES)}")
+    tensors = merged_tensors(model, merge_base)
+    with folder_aside(folder, overwrite) as aside, Progress(disable=not verbose, transient=True) as progress:
+        task = progress.add_task("Writing merged weights", total=len(tensors))
+
+        def read(key: str) -> np.ndarray:
+            progress.advance(task)
+            return _round(key, tensors[key].read(), _DTYPES[name])
+
+        shapes = {key: tensor.shape for key, tensor in tensors.items()}
+        write_checkpoint(aside, shapes, read, _DTYPES[name], max_shard_size)
+        _write_config(model.hf_config, model.source / "config.json", aside / "config.json", name)
+        copy_small_files(model.source, aside, tokenizer)
+    if verbose:
+        base = {"dequantized": "the weights it was trained on", "original": "the 16-bit weights of the source"}
+        print(f"merged the adapter into {base[merge_base]} (merge_base={merge_base!r}) as {name}: {folder}")
+    return folder
+
+
+def copy_small_files(source: Path, folder: Path, tokenizer: Any = None) -> None:
+    """Copies tokenizer, chat template and generation settings; a template changed in `tokenizer` is written beside."""
+    for file in _COPIED:
+        if (source / file).exists():
+            shutil.copyfile(source / file, folder / file)
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, str) and template != chat_template_of(source):
+        # transformers reads this file before the entry of tokenizer_config.json.
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def chat_template_of(folder: Path) -> str | None:
+    """The chat template that a model folder holds, or None."""
+    if (path := folder / "chat_template.jinja").exists():
+        return path.read_text(encoding="utf-8")
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        path = folder / file
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.exists() else None
+        if isinstance(template, list):  # several named templates
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+        if template is not None:
+            return template
+    return None
+
+
+def _round(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if not np.isfinite(tensor).all():
+        raise ValueError(f"{name} is not finite after merging; the adapter has diverged, so nothing was written")
+    if dtype == np.float16 and np.abs(tensor).max(initial=0) > np.finfo(np.float16).max:
+        raise ValueError(f"{name} exceeds the range of float16; use dtype='bfloat16'")
+    return tensor.astype(dtype)
+
+
+def _write_config(config: dict[str, Any], source: Path, target: Path, dtype: str) -> None:
+    """config.json without `quantization_config`, naming the dtype that was written; its bytes if nothing changes."""
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    new = {k: v for k, v in config.items() if k != "quantization_config"}
+    if new.get(key) != dtype:
+        new[key] = dtype
+    if new == config:
+        shutil.copyfile(source, target)
+    else:
+        target.write_text(json.dumps(new, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

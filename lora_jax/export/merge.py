@@ -1,0 +1,77 @@
+"""Base and adapter as one weight, tensor by tensor: W + scale (A B)^T in float32."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.hf_checkpoint import Checkpoint
+from lora_jax.kernels.nf4 import NF4Weight, dequantize
+from lora_jax.models.decoder import Slot
+from lora_jax.models.linear import Linear, value
+
+if TYPE_CHECKING:
+    from lora_jax.model import CausalLM
+
+__all__ = ["MERGE_BASES", "MergedTensor", "merged_tensors"]
+
+MERGE_BASES = ("dequantized", "original")
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedTensor:
+    """One tensor of the merged model, computed when it is read."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]  # float32
+
+
+def merged_tensors(model: "CausalLM", merge_base: str = "dequantized") -> dict[str, MergedTensor]:
+    """Every tensor of the model by its Hugging Face name, with the adapter merged in; the model is not changed.
+
+    Args:
+      model: with or without an adapter.
+      merge_base: "dequantized" adds the adapter to the weights it was trained on, so that the merged model is the
+        trained one; "original" adds it to the 16-bit weights of the source, which differ from those by the error of
+        quantisation.
+
+    Raises:
+      ValueError: unknown merge_base, or the source holds only quantised weights and "original" is asked for.
+      FileNotFoundError: "original", and the source's files are gone.
+    """
+    if merge_base not in MERGE_BASES:
+        raise ValueError(f"merge_base={merge_base!r} is unknown; known are {', '.join(MERGE_BASES)}")
+    checkpoint = Checkpoint(model.source) if merge_base == "original" else None
+    if checkpoint and (quantized := [n for n in model.module.slots() if checkpoint.quant_state(n)]):
+        raise ValueError(
+            f"merge_base='original': {model.source} holds {len(quantized)} weights in NF4 only; use 'dequantized', or "
+            "load the 16-bit model and put the adapter on it"
+        )
+
+    def tensor(name: str, slot: Slot) -> MergedTensor:
+        return MergedTensor(slot.shape, lambda: _read(name, slot, checkpoint))
+
+    # Layer by layer, as checkpoints have it, so that a reader of the file finds one layer's tensors together.
+    return {name: tensor(name, slot) for name, slot in model.module.slots().items()}
+
+
+def _read(name: str, slot: Slot, checkpoint: Checkpoint | None) -> np.ndarray:
+    owner = slot.owner
+    trained = getattr(owner, "trained", None)
+    if slot.attribute == "weight" and trained is not None:
+        return np.asarray(value(trained), np.float32)
+    if checkpoint is not None:
+        weight = checkpoint.read(name).astype(np.float32)
+    else:
+        stored = value(slot.variable)
+        stored = stored if slot.index is None else jax.tree.map(lambda x: x[slot.index], stored)
+        wide = dequantize(stored, jnp.float32) if isinstance(stored, NF4Weight) else stored
+        weight = np.asarray(wide, np.float32)
+    if slot.attribute != "weight" or getattr(owner, "lora_a", None) is None:
+        return weight
+    a, b = (np.asarray(x if slot.index is None else x[slot.index]) for x in (value(owner.lora_a), value(owner.lora_b)))
+    product = np.float32(owner.scale) * (a @ b)
+    return weight + (product.T if isinstance(owner, Linear) else product)

@@ -1,0 +1,315 @@
+"""`SFTTrainer`: supervised fine-tuning with the interface of TRL's trainer, over the pure `train_step`.
+
+The loop itself is in `lora_jax.loop`. For one of your own use `make_train_step` and any optax optimizer.
+"""
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from lora_jax import checkpoint as ckpt
+from lora_jax.batches import BatchIterator, Example, eval_batches
+from lora_jax.config import SFTConfig
+from lora_jax.loop import Run, TrainerControl, TrainerState, TrainOutput
+
+if TYPE_CHECKING:
+    from lora_jax.model import CausalLM
+
+__all__ = ["SFTConfig", "SFTTrainer", "TrainOutput", "TrainerControl", "TrainerState"]
+
+# Arguments of TRL's SFTTrainer that cannot be honoured here, and what to do instead.
+_REFUSED = {
+    "data_collator": "batches are built by lora_jax.batches; give rows with input_ids and labels for masks of your own",
+    "compute_loss_func": "write a loop over lora_jax.step.train_step for a loss of your own",
+    "compute_metrics": "use a callback with on_evaluate",
+    "preprocess_logits_for_metrics": "logits are never formed in training",
+    "optimizer_cls_and_kwargs": "pass optimizers=(an optax transformation, a schedule or None)",
+    "model_init": "load the model first",
+    "max_seq_length": "it belongs to args: SFTConfig(max_length=...)",
+    "packing": "it belongs to args: SFTConfig(packing=...)",
+    "dataset_text_field": "it belongs to args: SFTConfig(dataset_text_field=...)",
+}
+
+
+class SFTTrainer:
+    """Fine-tunes the adapter of a model on a data set.
+
+    Args:
+        model: a `CausalLM`, with an adapter or together with `peft_config`.
+        args: the settings; default `SFTConfig()`.
+        train_dataset: a file, a folder, a `datasets.Dataset` or an iterable of rows; see `lora_jax.data.load_rows`.
+        eval_dataset: likewise.
+        processing_class: the tokenizer. Not needed for rows that hold `input_ids`.
+        tokenizer: another name for `processing_class`.
+        peft_config: a `LoraConfig` for a model that has no adapter yet.
+        formatting_func: makes the text of a row.
+        callbacks: objects with any of on_train_begin, on_epoch_begin, on_step_begin, on_step_end, on_log, on_evaluate,
+            on_save, on_epoch_end, on_train_end(args, state, control, **kwargs); `transformers.TrainerCallback` works.
+        optimizers: (an optax transformation, its schedule or None) in place of what `args` describe. The transformation
+            includes the learning rate; the schedule is only shown.
+
+    Raises:
+        ValueError: arguments that contradict each other, or data that cannot be trained on.
+        TypeError: an unknown argument.
+    """
+
+    def __init__(
+        self,
+        model: "CausalLM",
+        args: SFTConfig | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        tokenizer: Any = None,
+        peft_config: Any = None,
+        formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        **unsupported: Any,
+    ) -> None:
+        _refuse(unsupported)
+        if args is not None and not isinstance(args, SFTConfig):
+            raise TypeError(f"SFTTrainer: args is a {type(args).__name__}; wanted a lora_jax.SFTConfig.")
+        if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
+            raise ValueError(
+                "SFTTrainer: got processing_class and tokenizer, which are two names for one thing, with different "
+                "values. Give only processing_class."
+            )
+        self.args = args or SFTConfig()
+        self.model = _with_adapter(model, peft_config)
+        self.processing_class = processing_class if processing_class is not None else tokenizer
+        self.callbacks: list[Any] = [c() if isinstance(c, type) else c for c in callbacks or ()]
+        self.state = TrainerState()
+        self.control = TrainerControl()
+        self.max_length = self.args.max_length or getattr(model, "max_seq_length", None) or 1024
+        self._formatting_func = formatting_func
+        self._optimizers = optimizers
+        self._train_examples = self._tokenize(train_dataset)
+        self._eval_examples = self._tokenize(eval_dataset)
+        if self.args.eval_strategy != "no" and self._eval_examples is None:
+            raise ValueError(
+                f"SFTTrainer: eval_strategy={self.args.eval_strategy!r} wants an eval_dataset; got none. Pass one, or "
+                "set eval_strategy='no'."
+            )
+        self._batches = None if self._train_examples is None else self._make_batches(self._train_examples)
+        self._eval_step: Callable[..., Any] | None = None
+
+    # ---- what users call -------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
+        """Train, from the start or from a checkpoint.
+
+        On SIGTERM or Ctrl-C the step in progress is finished and saved; then the program ends (SystemExit) or
+        KeyboardInterrupt is raised. However this ends, `model` holds the parameters of the last good step.
+
+        Args:
+            resume_from_checkpoint: True for the newest intact checkpoint in `output_dir`, or a folder `checkpoint-N`.
+                Data order, optimizer and random numbers continue exactly.
+
+        Raises:
+            FloatingPointError: a loss or gradient was not finite; names step and parameter.
+            RuntimeError: a trainable parameter has no gradient.
+            CheckpointError: a checkpoint cannot be written or does not fit.
+            MemoryError: the device is too small; says what would fit.
+        """
+        if self._batches is None:
+            raise ValueError("SFTTrainer.train: there is no train_dataset. Pass one to SFTTrainer.")
+        start_from = self._find_start(resume_from_checkpoint)  # before anything in output_dir changes
+        return Run(self, self._batches, start_from).run()
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Mean loss per label token over a data set; the default is the trainer's eval_dataset.
+
+        Returns:
+            {"eval_loss", "eval_num_label_tokens", "eval_runtime", "epoch"}; also appended to `state.log_history`.
+        """
+        examples = self._eval_examples if eval_dataset is None else self._tokenize(eval_dataset)
+        if examples is None:
+            raise ValueError("SFTTrainer.evaluate: there is no eval_dataset. Pass one here or to SFTTrainer.")
+        began = time.perf_counter()
+        _, lora, frozen = self.model.split()
+        if self._eval_step is None:
+            self._eval_step = self._make_eval_step()
+        sums = [
+            self._eval_step(lora, frozen, batch)
+            for batch in eval_batches(examples, self.args.per_device_eval_batch_size, max_length=self.max_length)
+        ]
+        sums = jax.device_get(sums)
+        tokens = sum(int(s["num_label_tokens"]) for s in sums)
+        metrics = {
+            "eval_loss": float(math.fsum(float(s["loss_sum"]) for s in sums) / tokens),
+            "eval_num_label_tokens": tokens,
+            "eval_runtime": round(time.perf_counter() - began, 3),
+            "epoch": self.state.epoch,
+        }
+        self.state.log_history.append({**metrics, "step": self.state.global_step})
+        self._call("on_log", logs=dict(metrics))
+        self._call("on_evaluate", metrics=metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | Path | None = None) -> Path:
+        """Write the adapter as a PEFT folder, with the tokenizer if there is one; default `args.output_dir`."""
+        folder = Path(output_dir or self.args.output_dir)
+        path = Path(self.model.save_pretrained(folder))
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(path)
+        return path
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, or a class of one."""
+        self.callbacks.append(callback() if isinstance(callback, type) else callback)
+
+    # ---- preparation -----------------------------------------------------------------------------------------------
+
+    def _tokenize(self, dataset: Any) -> list[Example] | None:
+        if dataset is None:
+            return None
+        from lora_jax.data import load_rows, tokenize_rows
+
+        rows = load_rows(dataset)
+        if self.processing_class is None and "input_ids" not in rows[0]:
+            raise ValueError(
+                "SFTTrainer: rows of text want a tokenizer; got none. Pass processing_class=tokenizer (from_pretrained "
+                "returns it), or rows that hold input_ids."
+            )
+        examples = tokenize_rows(
+            rows,
+            self.processing_class,
+            max_length=self.max_length,
+            dataset_text_field=self.args.dataset_text_field,
+            formatting_func=self._formatting_func,
+            completion_only_loss=self.args.completion_only_loss,
+            assistant_only_loss=self.args.assistant_only_loss,
+            progress=not self.args.disable_tqdm,
+        )
+        vocabulary = getattr(self.model.config, "vocab_size", None)
+        highest = max(int(example.input_ids.max()) for example in examples)
+        if vocabulary is not None and highest >= vocabulary:
+            raise ValueError(
+                f"SFTTrainer: the data holds token id {highest}, but the model has {vocabulary} tokens. Use the "
+                "tokenizer that belongs to the model."
+            )
+        return examples
+
+    def _make_batches(self, examples: list[Example]) -> BatchIterator:
+        return BatchIterator(
+            examples,
+            batch_size=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            max_length=self.max_length,
+            packing=self.args.packing,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+
+    def _make_train_step(self, optimizer: Any) -> Callable[..., Any]:
+        from lora_jax.step import make_train_step
+
+        return make_train_step(self.model, optimizer, remat=self.args.remat)
+
+    def _make_eval_step(self) -> Callable[..., Any]:
+        from lora_jax.step import make_eval_step
+
+        return make_eval_step(self.model)
+
+    def _find_start(self, resume: bool | str | Path | None) -> Path | None:
+        """The checkpoint to resume from. Raises ValueError if the run would meet checkpoints of another run."""
+        output_dir = Path(self.args.output_dir)
+        start = None
+        if resume is True:
+            start = ckpt.latest_checkpoint(output_dir)
+            if start is None:
+                raise ValueError(
+                    f"SFTTrainer.train: resume_from_checkpoint=True, but {output_dir} holds no intact checkpoint. "
+                    "Train without it, or name a folder checkpoint-N."
+                )
+        elif resume:
+            start = Path(resume)
+        # With resume=True later ones are damaged (that was said), and are replaced as training gets there.
+        after = 0 if start is None else ckpt.step_of(start)
+        later = [] if resume is True else [p for p in ckpt.list_checkpoints(output_dir) if ckpt.step_of(p) > after]
+        if later and not self.args.overwrite_output_dir:
+            raise ValueError(
+                f"SFTTrainer.train: {output_dir} already holds {later[-1].name}, which this run would mix with its own "
+                "checkpoints. Continue it with train(resume_from_checkpoint=True), choose another output_dir, or set "
+                "overwrite_output_dir=True to delete it."
+            )
+        return start
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to see the same data in the same order, and the same base."""
+        crc = 0
+        for example in self._train_examples or ():
+            crc = zlib.crc32(example.labels.tobytes(), zlib.crc32(example.input_ids.tobytes(), crc))
+        hf_config = getattr(self.model, "hf_config", None)
+        return {
+            "base_model": None if hf_config is None else zlib.crc32(repr(sorted(hf_config.items())).encode()),
+            "examples": len(self._train_examples or ()),
+            "tokens_crc32": crc,
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "packing": self.args.packing,
+            "max_length": self.max_length,
+            "seed": self.args.seed,
+            "data_seed": self.args.data_seed,
+        }
+
+    # ---- callbacks -------------------------------------------------------------------------------------------------
+
+    def _call(self, event: str, **kwargs: Any) -> None:
+        for callback in self.callbacks:
+            method = getattr(callback, event, None)
+            if method is None:
+                continue
+            answer = method(
+                self.args,
+                self.state,
+                self.control,
+                model=self.model,
+                processing_class=self.processing_class,
+                train_dataloader=self._batches,
+                eval_dataloader=self._eval_examples,
+                **kwargs,
+            )
+            self.control = self.control if answer is None else answer
+
+
+def _with_adapter(model: Any, peft_config: Any) -> Any:
+    has_adapter = getattr(model, "lora_config", None) is not None
+    if peft_config is None:
+        if not has_adapter:
+            raise ValueError(
+                "SFTTrainer: the model has no adapter, so there is nothing to train. Call "
+                "lora_jax.get_peft_model(model) first, or pass peft_config=LoraConfig(...)."
+            )
+        return model
+    if has_adapter:
+        raise ValueError("SFTTrainer: the model has an adapter already; got peft_config as well. Drop one of the two.")
+    from lora_jax.lora import LoraConfig, get_peft_model
+
+    if not isinstance(peft_config, LoraConfig):
+        raise TypeError(
+            f"SFTTrainer: peft_config is a {type(peft_config).__module__}.{type(peft_config).__name__}; wanted a "
+            "lora_jax.LoraConfig (it has PEFT's field names)."
+        )
+    return get_peft_model(model, peft_config, verbose=False)
+
+
+def _refuse(unsupported: Mapping[str, Any]) -> None:
+    for name, value in unsupported.items():
+        if name in _REFUSED:
+            if value is not None:
+                raise ValueError(f"SFTTrainer: {name} is not supported: {_REFUSED[name]}.")
+            continue
+        import difflib
+        import inspect
+
+        known = [p for p in inspect.signature(SFTTrainer).parameters if p != "unsupported"]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Valid names: {', '.join(known)}."
+        raise TypeError(f"SFTTrainer: unknown argument {name!r}. {hint}")

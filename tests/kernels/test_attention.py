@@ -1,0 +1,126 @@
+"""flash_attention against the formula in float64: values, gradients, windows, softcap, packing, caches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.kernels.attention import flash_attention
+
+IMPLEMENTATIONS = ["xla", pytest.param("cudnn", marks=pytest.mark.gpu)]
+
+
+def reference(q, k, v, first, offset=0, window=None, softcap=None, scale=None):
+    """One query at a time of one head at a time would be slower, not clearer: the whole mask at once."""
+    batch, length, heads, dim = q.shape
+    repeat = heads // k.shape[2]
+    k, v = jnp.repeat(k, repeat, axis=2), jnp.repeat(v, repeat, axis=2)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    t, s = jnp.arange(length)[:, None] + offset, jnp.arange(k.shape[1])[None]
+    seen = (s <= t) & (s >= first[..., None])
+    if window is not None:
+        seen &= s > t - window
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, axis=-1), v)
+
+
+def arrays(batch, length, keys, heads, kv_heads, dim, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(batch, length, heads, dim), (batch, keys, kv_heads, dim), (batch, keys, kv_heads, dim)]
+    return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes], rng.normal(size=shapes[0])
+
+
+def segments(batch, length, seed=0):
+    """Random documents packed into rows: the start of its document for every token."""
+    rng = np.random.default_rng(seed)
+    starts = rng.random((batch, length)) < 4 / length
+    starts[:, 0] = True
+    return np.maximum.accumulate(np.where(starts, np.arange(length), 0), axis=1).astype(np.int32)
+
+
+CASES = [
+    dict(length=37, heads=4, kv_heads=2, dim=16),
+    dict(length=1, heads=3, kv_heads=1, dim=8),
+    dict(length=130, heads=6, kv_heads=6, dim=24, window=7),
+    dict(length=64, heads=4, kv_heads=1, dim=16, softcap=3.0, scale=0.4),
+    dict(length=90, heads=4, kv_heads=2, dim=16, packed=True),
+    dict(length=1100, heads=2, kv_heads=1, dim=8, packed=True, window=50, softcap=5.0),  # several blocks of queries
+    dict(length=513, heads=2, kv_heads=2, dim=8),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_values_and_gradients_against_float64(case, dtype, implementation):
+    case = dict(case)
+    packed, length = case.pop("packed", False), case.pop("length")
+    (q, k, v), dout = arrays(2, length, length, case.pop("heads"), case.pop("kv_heads"), case.pop("dim"), dtype)
+    if implementation == "cudnn" and (dtype == jnp.float32 or packed or "softcap" in case or length == 1):
+        pytest.skip("cuDNN cannot do this, and says so (tested below)")
+    first = segments(2, length) if packed else np.zeros((2, length), np.int32)
+
+    def f(q, k, v):
+        start = jnp.asarray(first) if packed else None
+        return flash_attention(q, k, v, segment_start=start, implementation=implementation, **case)
+
+    out, pull = jax.vjp(jax.jit(f), q, k, v)
+    grads = pull(jnp.asarray(dout, dtype))
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(z, np.float64)) for z in (q, k, v)]
+        want, want_pull = jax.vjp(lambda q, k, v: reference(q, k, v, first, **case), *wide)
+        want_grads = want_pull(jnp.asarray(np.asarray(jnp.asarray(dout, dtype), np.float64)))
+        want, want_grads = np.asarray(want), [np.asarray(g) for g in want_grads]
+    # float32 sums of up to 1100 terms; bfloat16 rounds q, k, v and the weights to 2^-9 each.
+    tolerance = 5e-6 if dtype == jnp.float32 else 2e-2
+    assert out.dtype == dtype
+    for got, wanted in zip((out, *grads), (want, *want_grads), strict=True):
+        got = np.asarray(got, np.float64)
+        assert np.isfinite(got).all()
+        assert np.linalg.norm(got - wanted) < tolerance * np.linalg.norm(wanted) + 1e-12
+
+
+def test_a_packed_row_equals_its_documents_alone():
+    (q, k, v), _ = arrays(1, 60, 60, 4, 2, 16, jnp.float32)
+    first = np.repeat([0, 25, 40], [25, 15, 20])[None].astype(np.int32)
+    out = flash_attention(q, k, v, segment_start=jnp.asarray(first))
+    for a, b in ((0, 25), (25, 40), (40, 60)):
+        alone = flash_attention(q[:, a:b], k[:, a:b], v[:, a:b])
+        np.testing.assert_allclose(out[:, a:b], alone, atol=2e-6)  # sums in another order
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_with_a_cache_queries_stand_at_their_offset(window):
+    (q, k, v), _ = arrays(2, 30, 30, 4, 2, 16, jnp.float32)
+    first = jnp.asarray(np.array([[3] * 30, [0] * 30], np.int32))  # the first row has three padding tokens
+    whole = flash_attention(q, k, v, segment_start=first, window=window)
+    empty = jnp.full((2, 10, 2, 16), 1e4)  # unwritten slots must not be seen
+    keys, values = jnp.concatenate([k, empty], 1), jnp.concatenate([v, empty], 1)
+    step = jax.jit(lambda q, first, i: flash_attention(q, keys, values, segment_start=first, query_offset=i, window=window))
+    for i in (5, 17, 29):
+        part = step(q[:, i : i + 1], first[:, i : i + 1], i)
+        np.testing.assert_allclose(part, whole[:, i : i + 1], atol=2e-6)
+
+
+def test_a_token_that_sees_nothing_is_finite():
+    (q, k, v), dout = arrays(1, 4, 4, 2, 2, 8, jnp.float32)
+    first = jnp.asarray([[9, 9, 0, 0]], jnp.int32)
+    out, pull = jax.vjp(lambda q: flash_attention(q, k, v, segment_start=first), q)
+    assert np.isfinite(np.asarray(out)).all()
+    assert np.isfinite(np.asarray(pull(jnp.asarray(dout, jnp.float32))[0])).all()
+
+
+def test_errors():
+    (q, k, v), _ = arrays(1, 8, 8, 4, 2, 16, jnp.float32)
+    with pytest.raises(ValueError, match="K a divisor of 4"):
+        flash_attention(q, jnp.ones((1, 8, 3, 16)), jnp.ones((1, 8, 3, 16)))
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        flash_attention(q, k, v, window=0)
+    with pytest.raises(ValueError, match=r"segment_start must be \[1, 8\]"):
+        flash_attention(q, k, v, segment_start=jnp.zeros((1, 7), jnp.int32))
+    with pytest.raises(NotImplementedError, match="'cudnn' cannot do this call"):
+        flash_attention(q, k, v, softcap=1.0, implementation="cudnn")
+    with pytest.raises(ValueError, match="known are xla, cudnn"):
+        flash_attention(q, k, v, implementation="flash")

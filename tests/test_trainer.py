@@ -1,0 +1,705 @@
+"""SFTTrainer end to end on a tiny Llama: results, resume, signals, errors, callbacks, files."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lora_jax import CausalLM, LoraConfig, SFTConfig, SFTTrainer, get_peft_model, make_train_step
+from lora_jax.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints
+from lora_jax.guards import TrainableCheck, check_finite, explain_out_of_memory
+from lora_jax.loop import _count_tokens
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.linear import RMSNorm
+from lora_jax.models.registry import config_from_hf
+from lora_jax.reporting import read_metrics
+
+VOCAB = 32
+HF_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+
+
+class TinyLM(CausalLM):
+    """The real model class; its adapter file is its own, so that these tests do not rest on the exporter."""
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        np.savez(Path(folder) / "adapter.npz", **_leaves(self))
+        return Path(folder)
+
+
+def base_model() -> TinyLM:
+    module = Decoder(config_from_hf(HF_CONFIG), jnp.float32)
+    rng = np.random.default_rng(0)
+    for _, _, part in module.named_modules():
+        shape = part.weight.get_value().shape
+        noise = rng.normal(size=shape)
+        weight = 1 + 0.1 * noise if isinstance(part, RMSNorm) else noise / math.sqrt(shape[-1])
+        part.weight.set_value(jnp.asarray(weight, jnp.float32))
+    return TinyLM(module, hf_config=HF_CONFIG, source=Path("tiny"))
+
+
+def tiny_model(**lora: Any) -> TinyLM:
+    settings = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, **lora}
+    return get_peft_model(base_model(), **settings, verbose=False)  # pyright: ignore[reportReturnType]
+
+
+def rows(count: int = 12, seed: int = 1) -> list[dict[str, list[int]]]:
+    """Token rows of 5 to 11 tokens that count upwards, so that there is something to learn; a prompt of 2 tokens."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        ids = ((np.arange(rng.integers(5, 12)) * rng.integers(1, 4) + rng.integers(VOCAB)) % VOCAB).tolist()
+        made.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
+    return made
+
+
+def config(output_dir: Path, **kwargs: Any) -> SFTConfig:
+    defaults = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "max_length": 16,
+        "save_strategy": "no",
+        "logging_steps": 2,
+        "disable_tqdm": True,
+        "warmup_steps": 2,
+    }
+    return SFTConfig(output_dir=str(output_dir), **{**defaults, **kwargs})
+
+
+def make_trainer(output_dir: Path, *, model: Any = None, **kwargs: Any) -> SFTTrainer:
+    own = {k: kwargs.pop(k) for k in ("callbacks", "eval_dataset", "optimizers") if k in kwargs}
+    data = kwargs.pop("train_dataset", None) or rows()
+    return SFTTrainer(model or tiny_model(), config(output_dir, **kwargs), train_dataset=data, **own)
+
+
+def _leaves(model: CausalLM) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(model.split()[1])
+    return {jax.tree_util.keystr(path): np.array(leaf) for path, leaf in leaves}
+
+
+def assert_same_adapter(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys() and a
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def test_training_is_the_plain_step_in_a_loop(tmp_path: Path):
+    """The trainer adds nothing to the numbers: the same as train_step called by hand, bit for bit."""
+    trainer = make_trainer(tmp_path, model=tiny_model(lora_dropout=0.0), gradient_checkpointing="selective")
+    output = trainer.train()
+
+    from lora_jax.batches import BatchIterator
+    from lora_jax.data import tokenize_rows
+    from lora_jax.optim import make_optimizer, stop_at_nonfinite
+
+    model = tiny_model(lora_dropout=0.0)
+    # With the guard, though it changes no number: another program may be compiled with sums in another order.
+    optimizer = stop_at_nonfinite(make_optimizer(trainer.args, 8)[0])
+    step = make_train_step(model, optimizer, remat="selective")
+    examples = tokenize_rows(rows(), None, max_length=16, progress=False)
+    batches = BatchIterator(examples, batch_size=2, accumulation=2, max_length=16, seed=42)
+    _, lora, frozen = model.split()
+    state = optimizer.init(lora)
+    losses = []
+    for number in range(8):
+        lora, state, metrics = step(lora, state, frozen, {**batches.batch(number), "seed": np.uint32(0)})
+        losses.append(float(metrics["loss"]))
+    model.update_lora(lora)
+    assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == losses
+    assert_same_adapter(_leaves(trainer.model), _leaves(model))
+    assert output.global_step == 8 and output.training_loss == pytest.approx(np.mean(losses), rel=1e-12)
+    assert losses[-1] < losses[0] - 0.1  # it learns: 8 steps took the loss from 3.6 to below
+
+
+def test_metrics_log_history_and_curve(tmp_path: Path):
+    trainer = make_trainer(tmp_path, warmup_steps=2, logging_first_step=True)
+    output = trainer.train()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(1, 9))
+    # linear with 2 of 8 steps of warmup: 0, 1/2, 1, 5/6, ...
+    expected = [1e-2 * f for f in (0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
+    np.testing.assert_allclose([r["learning_rate"] for r in records], expected, rtol=1e-12)
+    assert all(r["grad_norm"] > 0 and r["seconds"] > 0 and r["tokens_per_second"] > 0 for r in records)
+    # 12 rows in steps of 4: three steps are an epoch, in which every token is seen once.
+    assert sum(r["num_tokens"] for r in records[:3]) == sum(len(r["input_ids"]) for r in rows())
+    assert sum(r["num_label_tokens"] for r in records[:3]) == sum(len(r["input_ids"]) - 2 for r in rows())
+    assert [r["epoch"] for r in records[:4]] == [0.3333, 0.6667, 1.0, 1.3333]
+
+    logs = trainer.state.log_history
+    assert [entry["step"] for entry in logs] == [1, 2, 4, 6, 8, 8]
+    # Each log is the mean since the one before.
+    assert logs[2]["loss"] == pytest.approx((records[2]["loss"] + records[3]["loss"]) / 2, rel=1e-12)
+    assert logs[2]["learning_rate"] == records[3]["learning_rate"]
+    assert logs[-1]["train_loss"] == output.training_loss == output.metrics["train_loss"]
+    assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss_curve.png", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_result_does_not_depend_on_the_split_of_a_batch(tmp_path: Path, packing: bool):
+    adapters = []
+    for index, (batch, accumulation) in enumerate([(4, 1), (2, 2), (1, 4)]):
+        trainer = make_trainer(
+            tmp_path / str(index),
+            model=tiny_model(lora_dropout=0.0),  # dropout masks are drawn per micro-batch
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            packing=packing,
+            max_steps=4,
+        )
+        trainer.train()
+        adapters.append(_leaves(trainer.model))
+    for other in adapters[1:]:
+        for name, value in adapters[0].items():
+            # float32 sums in another order; Adam divides by the size of the gradient, which keeps the relative error.
+            np.testing.assert_allclose(other[name], value, rtol=0, atol=2e-5 * np.abs(value).max(), err_msg=name)
+
+
+def test_a_shape_is_compiled_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    trainer = make_trainer(tmp_path)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        trainer.train()
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA compilation of jit(step)" in r.getMessage()]
+    assert len(compiled) == 1, compiled
+
+
+def test_num_train_epochs_and_partial_batches(tmp_path: Path):
+    # 10 rows in steps of 4: 3 steps an epoch, as in Hugging Face.
+    trainer = make_trainer(tmp_path, train_dataset=rows(10), max_steps=-1, num_train_epochs=1.5)
+    assert trainer.train().global_step == 5
+    assert trainer.state.epoch == pytest.approx(5 / 3)
+    assert trainer.state.num_train_epochs == 2
+
+
+def test_introduction_says_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "[x]", *"two plus is four five the sum of".split()]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<s>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    data = [{"prompt": "two plus [x] is ", "completion": "four"}, {"prompt": "the sum of ", "completion": "five"}]
+    args = config(tmp_path, max_steps=2, packing=True, disable_tqdm=False)
+    trainer = SFTTrainer(tiny_model(), args, train_dataset=data, tokenizer=tokenizer)
+    trainer.train()
+    said = capsys.readouterr().err
+    # per layer r (in + out): q 64, k 48, v 48, o 64, gate 96, up 96, down 96
+    assert f"Trainable parameters: {2 * 512:,} of " in said
+    assert "Examples: 2 with 10 tokens, 4 of them trained on" in said
+    assert "Packing: 62.5 % of computed tokens are real" in said  # 10 of 16
+    assert "Steps: 2 of 2 x 2 rows" in said
+    assert "First example" in said and "two plus [x] is" in said
+    assert "Compiled for batches of [2, 2, 16]" in said
+
+
+# ---- evaluation, callbacks -------------------------------------------------------------------------------------------
+
+
+def test_evaluation(tmp_path: Path):
+    model = tiny_model(lora_dropout=0.0)
+    trainer = make_trainer(
+        tmp_path, model=model, eval_dataset=rows(5, seed=2), eval_strategy="steps", eval_steps=3, eval_on_start=True,
+        per_device_eval_batch_size=2,
+    )  # fmt: skip
+    trainer.train()
+    entries = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "eval_loss" in r]
+    assert [r["step"] for r in entries] == [0, 3, 6, 8]
+    assert entries[-1]["eval_num_label_tokens"] == sum(len(r["input_ids"]) - 2 for r in rows(5, seed=2))
+    assert entries[-1]["eval_loss"] < entries[0]["eval_loss"]
+    assert [e["step"] for e in trainer.state.log_history if "eval_loss" in e] == [0, 3, 6, 8]
+
+    # Against the logits of the model, one row at a time.
+    total = 0.0
+    for row in rows(5, seed=2):
+        ids = np.asarray(row["input_ids"])
+        scores = jax.nn.log_softmax(model.logits(ids[None])[0], axis=-1)
+        total -= sum(float(scores[t - 1, ids[t]]) for t in range(2, len(ids)))
+    expected = total / entries[-1]["eval_num_label_tokens"]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.evaluate(rows(2, seed=3))["eval_loss"] != pytest.approx(expected, rel=1e-3)
+
+
+class Recorder:
+    """Writes down every event; only has what it needs."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.logs: list[dict] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.events.append(f"begin/{state.max_steps}")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append(f"step {state.global_step}")
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.events.append(f"log {state.global_step}")
+        self.logs.append(logs)
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        assert metrics["eval_loss"] > 0
+        self.events.append(f"evaluate {state.global_step}")
+
+    def on_save(self, args, state, control, model, **kwargs):
+        assert all(np.isfinite(leaf).all() for leaf in _leaves(model).values())  # usable: not donated away
+        self.events.append(f"save {state.global_step}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.events.append("end")
+
+
+def test_callbacks_are_called_in_order(tmp_path: Path):
+    recorder = Recorder()
+    make_trainer(
+        tmp_path, max_steps=3, callbacks=[recorder], eval_dataset=rows(2), eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2,
+    ).train()  # fmt: skip
+    assert recorder.events == [
+        "begin/3", "step 1", "step 2", "log 2", "log 2", "evaluate 2", "save 2",
+        "step 3", "log 3", "evaluate 3", "save 3", "log 3", "end",
+    ]  # fmt: skip
+    assert recorder.logs[0]["loss"] > 0 and "eval_loss" in recorder.logs[1] and "train_loss" in recorder.logs[-1]
+
+
+def test_callbacks_control_the_run(tmp_path: Path):
+    class Control:
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 2
+            control.should_evaluate = state.global_step == 3
+            control.should_log = state.global_step == 1
+            control.should_training_stop = state.global_step == 5
+            return control
+
+    trainer = make_trainer(tmp_path, callbacks=[Control], eval_dataset=rows(2), save_strategy="steps", save_steps=100)
+    assert trainer.train().global_step == 5
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-5"]  # and when it stopped
+    assert [e["step"] for e in trainer.state.log_history] == [1, 3, 5]
+
+
+def test_transformers_callbacks_work(tmp_path: Path):
+    from transformers import PrinterCallback, TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            control.should_training_stop = logs is not None and logs["loss"] > 0
+            return control
+
+    class StopOnce(Stop):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            return super().on_log(args, state, control, logs) if "loss" in (logs or {}) else control
+
+    trainer = make_trainer(tmp_path, callbacks=[StopOnce(), PrinterCallback])
+    assert trainer.train().global_step == 2
+
+
+# ---- checkpoints, resume, signals --------------------------------------------------------------------------------
+
+
+def test_resume_continues_exactly(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Stopped at step 5 by a callback and resumed: adapter, metrics and log history as without the stop."""
+    kwargs: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(tmp_path / "whole", **kwargs)
+    whole.train()
+
+    class Stop:
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 5
+
+    make_trainer(tmp_path / "parts", callbacks=[Stop], **kwargs).train()
+    # As if killed while step 6 was written: a line too many, and half a line.
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 0.5}\n{"step": 7, "lo')
+    resumed = make_trainer(tmp_path / "parts", **kwargs)
+    output = resumed.train(resume_from_checkpoint=True)
+    assert "Continuing after step 5" in capsys.readouterr().err
+    assert output.global_step == 8
+    assert_same_adapter(_leaves(resumed.model), _leaves(whole.model))
+
+    def numbers(trainer: SFTTrainer) -> list[tuple]:
+        return [
+            (r["step"], r["loss"], r["grad_norm"])
+            for r in read_metrics(Path(trainer.args.output_dir) / "metrics.jsonl")
+        ]
+
+    assert numbers(resumed) == numbers(whole)
+    losses = [[(e["step"], e["loss"]) for e in t.state.log_history if "loss" in e] for t in (resumed, whole)]
+    # whole: logs at 2, 4, 6, 8; the final log of the stopped run is no loss entry
+    assert losses[0] == losses[1]
+
+
+def test_checkpoint_holds_the_adapter_and_only_n_are_kept(tmp_path: Path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=2)
+    trainer.train()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-8"]
+    saved = dict(np.load(tmp_path / "checkpoint-8" / "adapter.npz"))
+    assert_same_adapter(saved, _leaves(trainer.model))
+
+
+def test_save_by_epoch(tmp_path: Path):
+    make_trainer(tmp_path, save_strategy="epoch").train()  # 3 steps an epoch, 8 steps
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
+
+
+def test_other_checkpoints_are_not_mixed_or_lost(tmp_path: Path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    with pytest.raises(
+        ValueError, match=r"already holds checkpoint-8.*resume_from_checkpoint=True.*overwrite_output_dir"
+    ):
+        make_trainer(tmp_path).train()
+    with pytest.raises(ValueError, match="already holds checkpoint-8"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=tmp_path / "checkpoint-4")
+    assert len(list_checkpoints(tmp_path)) == 2 and len(read_metrics(tmp_path / "metrics.jsonl")) == 8
+
+    make_trainer(tmp_path, overwrite_output_dir=True).train(resume_from_checkpoint=tmp_path / "checkpoint-4")
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+    make_trainer(tmp_path, overwrite_output_dir=True, max_steps=2).train()
+    assert not list_checkpoints(tmp_path)
+
+
+def test_resume_refuses_what_would_not_be_exact(tmp_path: Path, capsys: pytest.CaptureFixture):
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps").train()
+    for change, message in [
+        ({"train_dataset": rows(11)}, "examples was 12 and is 11"),
+        ({"train_dataset": rows(seed=5)}, "tokens_crc32 was"),
+        ({"data_seed": 7}, "data_seed was None and is 7"),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size was 2 and is 4"),
+        ({"packing": True}, "packing was False and is True"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            make_trainer(tmp_path, **change).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="another model, adapter or optimizer"):
+        make_trainer(tmp_path, model=tiny_model(r=4)).train(resume_from_checkpoint=True)
+    other = tiny_model()
+    other.hf_config = {**HF_CONFIG, "rms_norm_eps": 1e-6}
+    with pytest.raises(CheckpointError, match="base_model was"):
+        make_trainer(tmp_path, model=other).train(resume_from_checkpoint=True)
+    # What only concerns the future may change, and is said.
+    make_trainer(tmp_path, max_steps=4, learning_rate=5e-3).train(resume_from_checkpoint=True)
+    assert "learning_rate has changed: 0.01 -> 0.005" in capsys.readouterr().err
+
+
+def test_resume_without_a_checkpoint_is_said(tmp_path: Path):
+    with pytest.raises(ValueError, match="holds no intact checkpoint"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="There is no checkpoint"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=tmp_path / "checkpoint-3")
+
+
+# Trains in another process, printing each step; arguments: folder, "resume" or "start", seconds per step.
+_CHILD = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_trainer import make_trainer, tiny_model, Path, latest_checkpoint
+class Tell:
+    def on_step_end(self, args, state, control, **kwargs):
+        print(state.global_step, flush=True)
+        time.sleep(float(sys.argv[3]))
+out = Path(sys.argv[1])
+trainer = make_trainer(out, callbacks=[Tell], max_steps=12, save_strategy="steps", save_steps=2, save_total_limit=2)
+trainer.train(resume_from_checkpoint=sys.argv[2] == "resume" and latest_checkpoint(out) is not None)
+trainer.save_model(out / "final")
+print("done", flush=True)
+"""
+
+
+def _child(folder: Path, mode: str, pause: float = 0.0) -> subprocess.Popen:
+    command = [sys.executable, "-c", _CHILD, str(folder), mode, str(pause)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def _wait_for(process: subprocess.Popen, line: str) -> None:
+    assert process.stdout is not None and process.stderr is not None
+    for got in process.stdout:
+        if got.strip() == line:
+            return
+    raise AssertionError(f"the child ended before it printed {line!r}:\n{process.stderr.read()}")
+
+
+def test_killed_with_sigkill_and_resumed_is_bitwise_equal(tmp_path: Path):
+    whole = _child(tmp_path / "whole", "start")
+    for step in ("3", "7", "10"):  # between saves, in the step after a save, and late; the pause lets a save begin
+        process = _child(tmp_path / "killed", "resume", pause=0.03)
+        _wait_for(process, step)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert latest_checkpoint(tmp_path / "killed") is not None
+    last = _child(tmp_path / "killed", "resume")
+    _wait_for(last, "done")
+    _wait_for(whole, "done")
+    last.communicate(timeout=60), whole.communicate(timeout=60)
+    adapters = [dict(np.load(tmp_path / name / "final" / "adapter.npz")) for name in ("killed", "whole")]
+    assert_same_adapter(*adapters)
+    records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("killed", "whole")]
+    assert [(r["step"], r["loss"]) for r in records[0]] == [(r["step"], r["loss"]) for r in records[1]]
+    assert [r["step"] for r in records[0]] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 128 + 15), (signal.SIGINT, -signal.SIGINT)])
+def test_signal_saves_and_exits(tmp_path: Path, number: int, status: int):
+    process = _child(tmp_path, "start", pause=0.2)
+    _wait_for(process, "3")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None and process.returncode == status, said
+    step = int(latest.name.removeprefix("checkpoint-"))
+    assert step in (3, 4)  # 3 if the signal came before the step's save decision, else the next
+    assert f"saved as checkpoint-{step}" in said and "resume_from_checkpoint=True" in said
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == step
+    assert not (tmp_path / "final").exists()  # what follows train() does not run on a half-trained model
+
+
+def test_signal_handlers_are_put_back(tmp_path: Path):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    seen = []
+
+    class Look:
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    make_trainer(tmp_path, max_steps=1, callbacks=[Look]).train()
+    assert seen[0] != before[0]
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_second_interrupt_stops_at_once(tmp_path: Path):
+    class Interrupt:
+        def on_step_end(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)  # a Python-level handler runs between byte codes
+
+    trainer = make_trainer(tmp_path, callbacks=[Interrupt])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 1 and not list_checkpoints(tmp_path)
+
+
+# ---- what stops a run ----------------------------------------------------------------------------------------------
+
+
+def _exploding(at: int) -> optax.GradientTransformation:
+    """Adam whose update is absurd once, after which the model's output is not finite."""
+    return optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(lambda n: jnp.where(n == at, 1e30, 1e-3)))
+
+
+def test_nonfinite_numbers_stop_with_step_and_cause(tmp_path: Path):
+    after = {}
+
+    class Keep:
+        def on_step_end(self, args, state, control, model, **kwargs):
+            after[state.global_step] = _leaves(model)
+
+    for callbacks in ([Keep], []):  # with a callback each step is read at once when logging; without, a step later
+        folder = tmp_path / str(len(callbacks))
+        trainer = make_trainer(
+            folder, optimizers=(_exploding(at=3), None), callbacks=callbacks, save_strategy="steps", save_steps=3,
+            max_steps=20,
+        )  # fmt: skip
+        # Step 4 is updated by 1e30; step 5 starts from there.
+        with pytest.raises(
+            FloatingPointError, match=r"Step 5: the loss is nan.*not finite in layers.*lora_.*checkpoint-3"
+        ):
+            trainer.train()
+        assert [p.name for p in list_checkpoints(folder)] == ["checkpoint-3"]
+        assert latest_checkpoint(folder) is not None
+        assert [r["step"] for r in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+        assert_same_adapter(_leaves(trainer.model), after[4])
+
+
+def test_finite_check_names_the_leaf():
+    norms = {"layers.0.q.lora_a": np.array([1.0, np.inf]), "head": np.float32(2.0)}
+    metrics = {"loss": 1.5, "grad_norm": np.inf, "leaf_grad_norms": norms}
+    with pytest.raises(
+        FloatingPointError, match=r"Step 9: the gradient .* in layers.0.q.lora_a \(layer 1 of its stack\)"
+    ):
+        check_finite(9, metrics, "")
+    check_finite(9, {**metrics, "grad_norm": 3.0}, "")
+
+
+def test_untrained_parameter_is_named(tmp_path: Path):
+    model = tiny_model()
+    module = model.module.layers[0].self_attn.k_proj
+    a = module.lora_a.get_value()
+    module.lora_a.set_value(a.at[1].set(0.0))  # in layer 1 the adapter's product is cut: neither half can train
+    before = _leaves(model)
+    with pytest.raises(RuntimeError, match=r"Step 1: layers.0.self_attn.k_proj.lora_b \(layer 1 of its stack\) got a"):
+        make_trainer(tmp_path, model=model, save_strategy="steps").train()
+    assert not list_checkpoints(tmp_path)
+    assert before.keys() == _leaves(model).keys()
+
+
+def _norms(a: float, b: float, head: float = 1.0) -> dict[str, Any]:
+    return {
+        "leaf_grad_norms": {"q.lora_a": np.array([1.0, a]), "q.lora_b": np.array([1.0, b]), "head": np.float32(head)}
+    }
+
+
+def test_trainable_check_knows_when_a_gradient_is_due():
+    check = TrainableCheck()
+    check.check(1, _norms(a=0.0, b=0.5), factors_live=False)  # A cannot have one yet
+    assert not check.done
+    check.check(2, _norms(a=0.0, b=0.5), factors_live=False)  # warmup began at a learning rate of 0
+    with pytest.raises(RuntimeError, match=r"Step 3: q.lora_a \(layer 1 of its stack\) got a gradient of exactly zero"):
+        check.check(3, _norms(a=0.0, b=0.5), factors_live=True)
+    check.check(3, _norms(a=0.1, b=0.5), factors_live=True)
+    assert check.done
+
+    for metrics, name in [(_norms(a=0.0, b=0.0), "q.lora_b"), (_norms(a=0.0, b=1.0, head=0.0), "head")]:
+        with pytest.raises(RuntimeError, match=f"Step 1: {name}"):
+            TrainableCheck().check(1, metrics, factors_live=False)
+
+
+def test_trainable_check_reads_b_from_the_parameters():
+    check = TrainableCheck()
+    lora = {"q": {"lora_a": jnp.ones(3), "lora_b": jnp.zeros(3)}, "v": {"lora_a": jnp.ones(3), "lora_b": jnp.ones(3)}}
+    assert not check.factors_live(lora)
+    lora["q"]["lora_b"] = jnp.array([0.0, 1e-20, 0.0])
+    assert check.factors_live(lora)
+
+
+def test_running_out_of_memory_says_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    needs = {(4, 4): 30, (8, 2): 14, (16, 1): 8}
+
+    def needed(accumulation: int, rows: int) -> int:
+        return needs[accumulation, rows] * 2**30
+
+    text = explain_out_of_memory((2, 8, 512), needed, 16 * 2**30)
+    assert "8 rows of 512 tokens" in text and "16.0 GiB" in text
+    assert "per_device_train_batch_size=2 with gradient_accumulation_steps=8" in text and "14.0 GiB" in text
+    assert "Not even one row fits" in explain_out_of_memory((2, 8, 512), needed, 2**30)
+    unknown = explain_out_of_memory((2, 8, 512), needed, None)
+    assert "per_device_train_batch_size=4 with gradient_accumulation_steps=4" in unknown
+
+    # Through the trainer: the compiler's own count for smaller batches of the real step.
+    monkeypatch.setattr("lora_jax.loop.device_memory", lambda: {"bytes_limit": 10**9})
+    trainer = make_trainer(tmp_path)
+
+    class Full:
+        def __init__(self, step: Any) -> None:
+            self.lower = step.lower
+
+        def __call__(self, *args: Any) -> Any:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte.")
+
+    real = trainer._make_train_step
+    monkeypatch.setattr(trainer, "_make_train_step", lambda optimizer: Full(real(optimizer)))
+    with pytest.raises(
+        MemoryError, match="2 rows of .* per_device_train_batch_size=1 with gradient_accumulation_steps=4"
+    ):
+        trainer.train()
+
+
+def test_failed_save_stops_the_run_and_keeps_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+
+    class Fill:
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                monkeypatch.setattr("lora_jax.checkpoint._write_manifest", full)
+
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    trainer.add_callback(Fill)
+    with pytest.raises(
+        CheckpointError, match="checkpoint-4.*No space left on device.*Complete checkpoints there: checkpoint-2"
+    ):
+        trainer.train()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+# ---- bad arguments ---------------------------------------------------------------------------------------------------
+
+
+def test_bad_arguments_are_explained(tmp_path: Path):
+    args, data = config(tmp_path), rows()
+    make: Any = SFTTrainer
+    with pytest.raises(TypeError, match="unknown argument 'train_datset'. Did you mean 'train_dataset'"):
+        make(tiny_model(), args, train_datset=data)
+    with pytest.raises(ValueError, match="data_collator is not supported: .*input_ids and labels"):
+        make(tiny_model(), args, train_dataset=data, data_collator=print)
+    with pytest.raises(TypeError, match="args is a dict; wanted a lora_jax.SFTConfig"):
+        make(tiny_model(), {"max_steps": 3}, train_dataset=data)
+    with pytest.raises(ValueError, match="two names for one thing"):
+        make(tiny_model(), args, train_dataset=data, tokenizer=object(), processing_class=object())
+    with pytest.raises(ValueError, match="no adapter, so there is nothing to train"):
+        make(base_model(), args, train_dataset=data)
+    with pytest.raises(ValueError, match="has an adapter already; got peft_config"):
+        make(tiny_model(), args, train_dataset=data, peft_config=LoraConfig(r=2))
+    with pytest.raises(ValueError, match="wants an eval_dataset; got none"):
+        make(tiny_model(), config(tmp_path, eval_strategy="steps"), train_dataset=data)
+    with pytest.raises(ValueError, match="rows of text want a tokenizer"):
+        make(tiny_model(), args, train_dataset=[{"text": "a"}])
+    with pytest.raises(ValueError, match=f"token id {VOCAB + 1}, but the model has {VOCAB} tokens"):
+        make(tiny_model(), args, train_dataset=[{"input_ids": [1, 2, VOCAB + 1]}])
+    with pytest.raises(ValueError, match="there is no train_dataset"):
+        make(tiny_model(), args).train()
+    with pytest.raises(ValueError, match="there is no eval_dataset"):
+        make(tiny_model(), args).evaluate()
+    with pytest.raises(ValueError, match="empty"):
+        make(tiny_model(), args, train_dataset=[])
+    with pytest.raises(ValueError, match="nothing to train on"):
+        make(tiny_model(), args, train_dataset=[{"input_ids": [1, 2, 3], "labels": [-100] * 3}])
+    with pytest.raises(ValueError, match="remat='unsloth' is unknown"):
+        make_trainer(tmp_path, gradient_checkpointing="unsloth").train()
+    assert not list(tmp_path.iterdir())  # nothing was written for any of them
+
+
+def test_peft_config_makes_the_adapter(tmp_path: Path):
+    trainer = SFTTrainer(
+        base_model(), config(tmp_path, max_steps=1), train_dataset=rows(), peft_config=LoraConfig(r=3, lora_alpha=6)
+    )
+    assert trainer.model.lora_config is not None and trainer.model.lora_config.r == 3
+    assert trainer.train().global_step == 1
+
+
+def test_max_length_falls_back_to_the_model(tmp_path: Path):
+    args = SFTConfig(output_dir=str(tmp_path))
+    assert SFTTrainer(tiny_model(), args, train_dataset=rows()).max_length == HF_CONFIG["max_position_embeddings"]
+    assert make_trainer(tmp_path, max_length=12).max_length == 12
+
+
+def test_tokens_are_counted_without_padding():
+    labels = np.full((1, 3, 6), -100)
+    labels[0, 0, 2:4] = 5
+    labels[0, 1, 5] = 5
+    assert _count_tokens(labels) == 4 + 6 + 0
+
+
+def test_saved_state_is_json(tmp_path: Path):
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps").train()
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 and state["args"]["learning_rate"] == 1e-2
