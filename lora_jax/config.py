@@ -178,6 +178,8 @@ class SFTConfig:
     eval_strategy: str = "no"  # no, steps or epoch
     eval_steps: float | None = None  # None: logging_steps
     eval_on_start: bool = False  # evaluate before the first step
+    metric_for_best_model: str | None = None  # e.g. "eval_loss", for transformers.EarlyStoppingCallback
+    greater_is_better: bool | None = None  # None: unless the metric's name ends in "loss"
     save_strategy: str = "steps"  # no, steps or epoch; steps and epoch also save at the end
     save_steps: float = 500
     save_total_limit: int | None = None  # newest checkpoints to keep; None: all
@@ -185,6 +187,8 @@ class SFTConfig:
     def __post_init__(self) -> None:
         if isinstance(self.output_dir, Path):
             object.__setattr__(self, "output_dir", str(self.output_dir))
+        if self.greater_is_better is None and isinstance(self.metric_for_best_model, str):
+            object.__setattr__(self, "greater_is_better", not self.metric_for_best_model.endswith("loss"))
         _check_types(self)
         _check_ranges(self)
         _check_choices(self)
@@ -213,6 +217,11 @@ class SFTConfig:
     def max_seq_length(self) -> int | None:
         """Another name for `max_length`."""
         return self.max_length
+
+    @property
+    def load_best_model_at_end(self) -> bool:
+        """Always False; `transformers.EarlyStoppingCallback` asks for it."""
+        return False
 
     @property
     def remat(self) -> str:

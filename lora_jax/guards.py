@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def check_finite(step: int, metrics: Mapping[str, Any], hint: str) -> None:
+def check_finite(step: int, metrics: Mapping[str, Any], hint: Callable[[], str] = str) -> None:
     """Raise FloatingPointError naming step and cause if a step's loss or gradient is not finite.
 
     Args:
         step: number of the step, from 1.
         metrics: what `train_step` returned, on the host.
-        hint: what to say about state and remedy.
+        hint: gives what to say about state and remedy; called only if needed.
     """
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if np.isfinite(loss) and np.isfinite(norm):
@@ -29,7 +29,7 @@ def check_finite(step: int, metrics: Mapping[str, Any], hint: str) -> None:
         causes.append(f"the gradient is not finite in {', '.join(bad[:3])}{more}")
     elif not np.isfinite(norm):
         causes.append(f"the norm of the gradient is {norm}, though that of each parameter is finite")
-    raise FloatingPointError(f"Step {step}: {'; '.join(causes)}. {hint}")
+    raise FloatingPointError(f"Step {step}: {'; '.join(causes)}. {hint()}")
 
 
 def _norms(metrics: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -48,7 +48,8 @@ class TrainerState:
     eval_steps: int = 0
     save_steps: int = 0
     train_batch_size: int = 0
-    best_metric: float | None = None  # for callbacks; not set here
+    best_metric: float | None = None  # best value of args.metric_for_best_model so far
+    best_global_step: int | None = None  # the step it was found at
     is_world_process_zero: bool = True
     is_local_process_zero: bool = True
     is_hyper_param_search: bool = False
@@ -102,9 +103,8 @@ class Run:
         optimizer = stop_at_nonfinite(optimizer)
         self.step_function = trainer._make_train_step(optimizer)
         _, lora, self.frozen = trainer.model.split()
-        # Committed to their devices, as results of a step are: otherwise the second step would compile again.
-        self.lora = jax.tree.map(lambda x: jax.device_put(x, x.sharding), lora)
-        self.opt_state = jax.jit(optimizer.init)(self.lora)
+        self.lora = _committed(lora)
+        self.opt_state = _committed(optimizer.init(lora))
         self.check = TrainableCheck()
         self.pending: deque[_Step] = deque()  # steps whose numbers have not been read
         self.interval: list[float] = []  # losses since the last log
@@ -149,6 +149,7 @@ class Run:
             signals.leave()
         finally:
             self._give_back()
+            self._finish_save()
             self._draw(output_dir)
         return output
 
@@ -164,20 +165,17 @@ class Run:
         self._callback("on_step_end")
         if number % self.per_epoch == 0 or number == self.total:
             self._callback("on_epoch_end")
-        control = trainer.control
-        self.pending[-1].log = control.should_log
+        control = trainer.control  # callbacks may have put another in its place, here and below
         if control.should_epoch_stop:
             raise ValueError("A callback set control.should_epoch_stop. Use control.should_training_stop instead.")
-        if control.should_training_stop and self.args.save_strategy != "no":
-            control.should_save = True
+        self.pending[-1].log = control.should_log
         # Callbacks expect on_log before the next step; without them the device need not wait.
-        if control.should_save or control.should_evaluate or (control.should_log and trainer.callbacks):
-            self._read_all()
-        else:
-            self._read(leave=1)
-        if control.should_evaluate:
+        wanted = control.should_save or control.should_evaluate or control.should_training_stop
+        self._read(leave=0 if wanted or (control.should_log and trainer.callbacks) else 1)
+        if trainer.control.should_evaluate:
             self._evaluate()
-        if control.should_save:
+        stopping = trainer.control.should_training_stop and self.args.save_strategy != "no"
+        if trainer.control.should_save or stopping:
             self._save()
 
     def _set_due(self, number: int) -> None:
@@ -239,7 +237,10 @@ class Run:
                 return None
 
         limit = None if memory is None else memory.get("bytes_limit")
-        return MemoryError(explain_out_of_memory((shape[0], shape[1], shape[2]), needed, limit))
+        text = explain_out_of_memory((shape[0], shape[1], shape[2]), needed, limit)
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.lora)):
+            text += " The adapter's arrays were lost with the failed step: load the model again."
+        return MemoryError(text)
 
     # ---- reading numbers -------------------------------------------------------------------------------------------
 
@@ -255,7 +256,7 @@ class Run:
         metrics = jax.device_get(step.metrics)
         now = time.perf_counter()
         seconds, self.last_read = now - self.last_read, now
-        check_finite(step.number, metrics, self._hint())
+        check_finite(step.number, metrics, self._hint)
         if step.factors_live is not None and not self.check.done:
             self.check.check(step.number, metrics, bool(step.factors_live))
         rate = None if self.schedule is None else float(self.schedule(step.number - 1))
@@ -286,6 +287,7 @@ class Run:
         self._callback("on_log", logs=logs)
 
     def _hint(self) -> str:
+        self._finish_save()
         newest = ckpt.list_checkpoints(self.args.output_dir)
         kept = f"the last checkpoint is {newest[-1]}" if newest else "no checkpoint was saved"
         return (
@@ -316,24 +318,18 @@ class Run:
             "global_step": state.global_step,
             "epoch": state.epoch,
             "log_history": state.log_history,
+            "best_metric": state.best_metric,
+            "best_global_step": state.best_global_step,
             "interval_losses": self.interval,
             "fingerprint": self.fingerprint,
             "args": self.args.to_dict(),
         }
-        self.checkpoints.save(state.global_step, self.lora, self.opt_state, saved, write_extra=self._write_adapter)
+        self.checkpoints.save(
+            state.global_step, self.lora, self.opt_state, saved, write_extra=self.trainer._write_adapter_into
+        )
         self.saved_step = state.global_step
         self._callback("on_save")
         self.last_read += time.perf_counter() - began
-
-    def _write_adapter(self, folder: Path) -> None:
-        """The adapter in PEFT's form beside the state, as Hugging Face's checkpoints have it."""
-        if not hasattr(self.trainer.model, "save_pretrained"):
-            return
-        aside = folder / "adapter"
-        self.trainer.model.save_pretrained(aside)
-        for path in aside.iterdir():
-            path.rename(folder / path.name)
-        aside.rmdir()
 
     def _restore(self) -> int:
         """Take over the state of the checkpoint to resume from; returns its step, 0 for none."""
@@ -359,6 +355,7 @@ class Run:
         state = self.trainer.state
         state.global_step, state.epoch = saved["global_step"], saved["epoch"]
         state.log_history, self.interval = saved["log_history"], saved["interval_losses"]
+        state.best_metric, state.best_global_step = saved["best_metric"], saved["best_global_step"]
         self.saved_step = state.global_step
         return state.global_step
 
@@ -374,6 +371,13 @@ class Run:
     def _give_back(self) -> None:
         """Put the current parameters into the model: those it holds were donated to the first step since."""
         self.trainer.model.update_lora(self.lora)
+
+    def _finish_save(self) -> None:
+        """Let a save in progress end, when something else ends the run."""
+        try:
+            self.checkpoints.wait()
+        except ckpt.CheckpointError as error:
+            say(str(error))
 
     def _draw(self, output_dir: Path) -> None:
         try:
@@ -430,6 +434,19 @@ class Run:
         self.trainer.state.log_history.append({**metrics, "step": self.trainer.state.global_step})
         self._callback("on_log", logs=dict(metrics))
         return TrainOutput(self.trainer.state.global_step, loss, metrics)
+
+
+def _committed(tree: Any) -> Any:
+    """The arrays bound to their devices, as results of a step are: otherwise the second step would compile again.
+
+    With parameters spread over several devices the scalars of an optimizer stay free to follow them.
+    """
+    spread = max(len(x.sharding.device_set) for x in jax.tree.leaves(tree))
+
+    def commit(x: jax.Array) -> jax.Array:
+        return jax.device_put(x, x.sharding) if len(x.sharding.device_set) == spread else x
+
+    return jax.tree.map(commit, tree)
 
 
 def _interval(steps: float, total: int) -> int:

@@ -4,6 +4,8 @@ The loop itself is in `lora_jax.loop`. For one of your own use `make_train_step`
 """
 
 import math
+import os
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -151,15 +153,47 @@ class SFTTrainer:
         self.state.log_history.append({**metrics, "step": self.state.global_step})
         self._call("on_log", logs=dict(metrics))
         self._call("on_evaluate", metrics=metrics)
+        self._note_best(metrics)
         return metrics
 
+    def _note_best(self, metrics: Mapping[str, float]) -> None:
+        """After the callbacks, which compare with the best before, as Hugging Face does."""
+        if (name := self.args.metric_for_best_model) is None:
+            return
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in metrics:
+            raise ValueError(f"SFTConfig: metric_for_best_model={name!r} is not among {', '.join(metrics)}.")
+        value, best = metrics[name], self.state.best_metric
+        if best is None or (value > best if self.args.greater_is_better else value < best):
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+
     def save_model(self, output_dir: str | Path | None = None) -> Path:
-        """Write the adapter as a PEFT folder, with the tokenizer if there is one; default `args.output_dir`."""
-        folder = Path(output_dir or self.args.output_dir)
-        path = Path(self.model.save_pretrained(folder))
+        """Write the adapter as a PEFT folder, with the tokenizer if there is one.
+
+        Args:
+            output_dir: a new folder (FileExistsError if it holds something); default `args.output_dir`, where an
+                adapter written before is replaced and everything else stays.
+        """
+        if output_dir is None:
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_adapter_into(folder, self.processing_class)
+            return folder
+        path = Path(self.model.save_pretrained(Path(output_dir)))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(path)
         return path
+
+    def _write_adapter_into(self, folder: Path, tokenizer: Any = None) -> None:
+        """The files of the adapter into a folder that holds others, each whole or not at all."""
+        aside = folder / ".adapter.unfinished"
+        shutil.rmtree(aside, ignore_errors=True)
+        self.model.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        for path in sorted(aside.iterdir()):
+            os.replace(path, folder / path.name)
+        aside.rmdir()
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback, or a class of one."""

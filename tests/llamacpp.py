@@ -1,47 +1,59 @@
-"""llama.cpp as a test oracle: one GGUF file in an in-process server (xllamacpp), asked over loopback HTTP.
+"""llama.cpp as a test oracle: one GGUF file served by xllamacpp in a process of its own, asked over loopback HTTP.
 
-The key/value cache is float32 and flash attention is off: with llama.cpp's defaults (float16 cache) a float32 file
-differs from a float32 computation by 1e-2 instead of 5e-5.
+A process of its own, so that a crash or a wait in its C++ is an error and not the end of the test run. One thread: its
+threads spin at a barrier after every operation, which takes minutes where other programs use the cores. The key/value
+cache is float32 and flash attention is off: with llama.cpp's defaults (float16 cache) a float32 file differs from a
+float32 computation by 1e-2 instead of 5e-5.
 """
 
 import json
 import os
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
+_READY = "listening at "
+
 
 class LlamaCpp:
-    """`with LlamaCpp(path) as llama:`; `vocab_size` is the number of ids that `logprobs` returns."""
+    """`with LlamaCpp(path, vocab_size) as llama:`; `vocab_size` is the number of ids that `logprobs` returns."""
 
     def __init__(self, path: str | os.PathLike[str], vocab_size: int, *, n_ctx: int = 512) -> None:
-        import xllamacpp as module
-
-        xllamacpp: Any = module  # compiled, without type stubs
-
-        params = xllamacpp.CommonParams()
-        params.model.path = str(Path(path))
-        params.n_ctx = n_ctx
-        params.n_parallel = 1
-        params.warmup = False
-        params.cpuparams.n_threads = 2
-        params.verbosity = 0
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.vocab_size = vocab_size
-        self._server: Any = xllamacpp.Server(params)
-        self._address = self._server.listening_address
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, os.fspath(path), str(n_ctx)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        output = []
+        for line in self._process.stdout:
+            if line.startswith(_READY):
+                self._address = line.removeprefix(_READY).strip()
+                return
+            output.append(line)
+        self._stop()
+        raise RuntimeError(f"llama.cpp did not load {path}:\n{''.join(output)[-3000:]}")
+
+    def _stop(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()  # which ends it
+        self._process.stdout.close()
+        self._process.wait(timeout=30)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._server = None  # its destructor stops the threads and frees the model
+        self._stop()
 
     def logprobs(self, ids: Sequence[int]) -> np.ndarray:
         """Log-probabilities of the token after `ids`, float32 [vocab_size].
@@ -91,3 +103,27 @@ def centred_difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a - b less its median: two log-softmaxes but for their normalisers."""
     difference = a.astype(np.float64) - b.astype(np.float64)
     return difference - np.median(difference)
+
+
+def _serve(path: str, n_ctx: int) -> None:
+    """The child process: serve until standard input is closed, also by the parent's death."""
+    import xllamacpp as module
+
+    xllamacpp: Any = module  # compiled, without type stubs
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.n_ctx = n_ctx
+    params.n_parallel = 1
+    params.warmup = False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.verbosity = 0
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+    print(f"{_READY}{server.listening_address}", flush=True)
+    sys.stdin.read()
+    os._exit(0)  # the destructor of the server may wait for ever
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], int(sys.argv[2]))

@@ -23,18 +23,21 @@ INSTRUCTION = "Turn the order into JSON with the keys customer, item, quantity, 
 _CUSTOMERS = (
     "Marta Daniel Priya Tom Ingrid Ahmed Lucia Victor Hannah Oscar Mei Paul Fatima George Elena Ravi Julia Simon Aisha "
     "Martin Chloe Diego Nina Peter Yuki Carlos Emma Stefan Leila Robert Sofia Hugo Amira Frank Olga David Rosa Kevin "
-    "Greta Samuel Irene Walter Tara Bruno Maya Edward Vera Liam",
+    "Greta Samuel Irene Walter Tara Bruno Maya Edward Vera Liam Rosalind Anneliese Giulia Thaddeus Mwangi Saoirse "
+    "Joaquin Svetlana Nkechi Bartholomew Yolanda Dmitri Xiulan Evangeline Okonkwo Lakshmi",
     "Clara Andre Zoe Henrik Salma Patrick Naomi Viktor Bianca Omar Judith Felix Ana Gavin Petra Tariq Louise Ernest "
     "Dalia Nolan Wanda Ivan Celia Marcus",
 )
 _ADJECTIVES = (
     "wooden red blue large small glass cotton round leather steel green silver paper white folding plastic black "
-    "ceramic striped yellow",
+    "ceramic striped yellow knitted padded woven speckled lacquered quilted varnished enamelled turquoise crimson "
+    "beige oval slender foldable embroidered hexagonal marbled wicker suede scented",
     "woollen copper purple tiny square velvet orange rubber golden heavy bamboo brown",
 )
 _NOUNS = (
     "spoons chairs lamps baskets candles towels plates notebooks blankets boxes mugs pillows brushes bottles cushions "
-    "shelves pens ladders bowls curtains umbrellas folders trays clocks",
+    "shelves pens ladders bowls curtains umbrellas folders trays clocks aprons goblets trestles pitchers sieves "
+    "coasters lanterns corkscrews hammocks tablecloths bookends thermometers napkins crates funnels doormats",
     "mats hooks vases buckets scarves stools forks benches mirrors tents ropes jars",
 )
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -138,9 +141,9 @@ def score(answers: Sequence[str], rows: Sequence[Row]) -> int:
 
 def _draw(rng: np.random.Generator, count: int, templates: Sequence[str], part: int) -> list[Row]:
     customers, adjectives, nouns = (words[part].split() for words in (_CUSTOMERS, _ADJECTIVES, _NOUNS))
-    # One in three quantities and one in four times (in steps of five minutes, from 7:00 to 20:55) are kept for tests.
+    # One in three quantities and one in four times (in steps of five minutes, from 8:00 to 17:55) are kept for tests.
     quantities = [n for n in range(2, 100) if (n % 3 == 0) == (part == 1)]
-    times = [t for t in range(7 * 60, 21 * 60, 5) if (t // 5 * 7 % 4 == 1) == (part == 1)]
+    times = [t for t in range(8 * 60, 18 * 60, 5) if (t // 5 * 7 % 4 == 1) == (part == 1)]
     rows: dict[str, Row] = {}
     while len(rows) < count:
         template = templates[len(rows) % len(templates)]  # every template as often as the others
@@ -152,14 +155,12 @@ def _draw(rng: np.random.Generator, count: int, templates: Sequence[str], part: 
             "day": str(rng.choice(_DAYS)),
             "time": f"{minute // 60:02d}:{minute % 60:02d}",
         }
-        text = template.format(**{**answer, "time": _spoken(minute, bool(rng.integers(3)))})
+        text = template.format(**{**answer, "time": _spoken(minute)})
         rows[text] = Row(text[0].upper() + text[1:], answer)
     return [list(rows.values())[i] for i in rng.permutation(count)]
 
 
-def _spoken(minute: int, twelve_hours: bool) -> str:
-    """A time of day as people write it: 15:30, 3:30 pm, 3 pm."""
+def _spoken(minute: int) -> str:
+    """A time of day as people write it: 9:05 am, 3 pm."""
     hour, rest = divmod(minute, 60)
-    if not twelve_hours:
-        return f"{hour}:{rest:02d}"
     return f"{(hour - 1) % 12 + 1}{f':{rest:02d}' if rest else ''} {'am' if hour < 12 else 'pm'}"

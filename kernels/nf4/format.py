@@ -127,14 +127,17 @@ def quantize(w: jax.Array, double_quantize: bool = True) -> NF4Weight:
     flat = _pad_to(w.reshape(-1).astype(jnp.float32), BLOCK)
     blocks = flat.reshape(-1, BLOCK)
     absmax = jnp.max(jnp.abs(blocks), axis=1)
-    codes = _nearest(_scale_to_unit(blocks, absmax, 1e-38), CODE).reshape(-1)[: w.size]
+    scaled = _scale_to_unit(blocks, absmax)
+    if w.size % BLOCK:  # bitsandbytes divides in a block that is cut short
+        scaled = scaled.at[-1].set(blocks[-1] / jnp.where(absmax[-1] > 0, absmax[-1], 1))
+    codes = _nearest(scaled, CODE).reshape(-1)[: w.size]
     packed = (codes[0::2] << 4 | codes[1::2]).astype(jnp.uint8).reshape(spec.packed.shape)
     if not double_quantize:
         return NF4Weight(packed, absmax.reshape(spec.absmax.shape))
     offset = jnp.mean(absmax)
     centred = _pad_to(absmax - offset, NESTED_BLOCK).reshape(-1, NESTED_BLOCK)
     nested_absmax = jnp.max(jnp.abs(centred), axis=1)
-    indices = _nearest(_scale_to_unit(centred, nested_absmax, 1e-38), nested_code())
+    indices = _nearest(_scale_to_unit(centred, nested_absmax), nested_code())
     indices = indices.reshape(-1)[: absmax.size].astype(jnp.uint8).reshape(spec.absmax.shape)
     return NF4Weight(packed, indices, nested_absmax, offset, jnp.asarray(nested_code()))
 
@@ -161,12 +164,13 @@ def dequantize_absmax(w: NF4Weight) -> jax.Array:
 def _dequantize_one(w: NF4Weight, dtype: DTypeLike) -> jax.Array:
     """`dequantize` of a weight without leading axes."""
     n, half = w.packed.shape
-    values = jnp.stack([_lookup(w.packed >> 4), _lookup(w.packed & 15)], axis=-1)
+    codes = w.packed[:, :, None] >> np.array([4, 0], np.uint8) & np.uint8(15)
     absmax = dequantize_absmax(w)
     if absmax.ndim == 2:
-        return (values.reshape(n, -1, BLOCK) * absmax[..., None]).reshape(n, 2 * half).astype(dtype)
+        values = _lookup(codes.reshape(n, -1, BLOCK)) * absmax[..., None]
+        return values.reshape(n, 2 * half).astype(dtype)
     scale = jnp.repeat(absmax, BLOCK)[: n * 2 * half]
-    return (values.reshape(-1) * scale).reshape(n, 2 * half).astype(dtype)
+    return (_lookup(codes.reshape(-1)) * scale).reshape(n, 2 * half).astype(dtype)
 
 
 def _lookup(codes: jax.Array) -> jax.Array:
@@ -186,10 +190,12 @@ def _nearest(x: jax.Array, table: np.ndarray) -> jax.Array:
     return jnp.searchsorted(jnp.asarray(midpoints), x, side="left").astype(jnp.uint8)
 
 
-def _scale_to_unit(blocks: jax.Array, absmax: jax.Array, tiny: float) -> jax.Array:
+def _scale_to_unit(blocks: jax.Array, absmax: jax.Array) -> jax.Array:
     """blocks / absmax within [-1, 1], by multiplication with the rounded reciprocal as bitsandbytes does it."""
+    # Blocks of zeros stay zeros. So do blocks of subnormal numbers, which devices flush to zero as they please.
+    empty = absmax < np.finfo(np.float32).tiny
     # The barrier keeps XLA from turning the product into a division, which rounds differently.
-    reciprocal = jax.lax.optimization_barrier(1 / jnp.maximum(absmax, tiny))
+    reciprocal = jax.lax.optimization_barrier(jnp.where(empty, 0, 1 / jnp.where(empty, 1, absmax)))
     return jnp.clip(blocks * reciprocal[:, None], -1, 1)
 
 

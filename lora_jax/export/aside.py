@@ -35,7 +35,9 @@ def folder_aside(folder: Path, overwrite: bool) -> Iterator[Path]:
         _replace(aside, folder)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, f"the disk is full while writing {folder}; nothing was changed there") from error
+            raise OSError(
+                errno.ENOSPC, f"the disk is full while writing {folder}; nothing was changed there"
+            ) from error
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -10,7 +10,6 @@ norms, biases and other 1-D tensors are float32 in all of them.
 
 import contextlib
 import errno
-import json
 import math
 import os
 import re
@@ -26,10 +25,17 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from lora_jax.export.gguf_metadata import (
+    ModelShape,
+    add_model,
+    add_tokenizer,
+    llama3_rope_factors,
+    model_shape,
+    unsupported,
+)
 from lora_jax.export.gguf_tokenizer import GgufTokenizer, read_tokenizer
 from lora_jax.reporting import console, say
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 FILE_TYPES = {
     "f32": (gguf.LlamaFileType.ALL_F32, GgmlType.F32),
     "f16": (gguf.LlamaFileType.MOSTLY_F16, GgmlType.F16),
@@ -97,24 +103,6 @@ class _Computed:
         return self.values
 
 
-@dataclass(frozen=True)
-class _ModelShape:
-    """config.json, in either of its forms (hub: rope_theta and rope_scaling; transformers 5: rope_parameters)."""
-
-    vocab: int
-    hidden: int
-    ffn: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    context: int
-    norm_eps: float
-    tied: bool
-    rope: dict[str, Any]  # rope_type, rope_theta and the arguments of the type
-    sliding_window: int | None
-
-
 def write_gguf(
     path: str | os.PathLike[str],
     tensors: Mapping[str, TensorSource],
@@ -154,10 +142,10 @@ def write_gguf(
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise IsADirectoryError(f"cannot write the GGUF file {path}: it is a folder")
-    shape = _model_shape(hf_config)
+    shape = model_shape(hf_config)
     plan, notes = _plan(tensors, shape, FILE_TYPES[file_type][1])
     tokenizer = read_tokenizer(tokenizer_dir, shape.vocab)
-    for note in notes + tokenizer.notes + _unsupported(shape):
+    for note in notes + tokenizer.notes + unsupported(shape):
         say(f"GGUF: {note}")
 
     # Beside the target, so that the rename stays within one file system.
@@ -274,7 +262,7 @@ def _gguf_name(hf_name: str) -> str | None:
     raise ValueError(f"tensor {hf_name!r} has no place in a GGUF file of the llama architecture; merge adapters first")
 
 
-def _expected(shape: _ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expected(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every weight (biases are optional), in the order of the file."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     yield "model.embed_tokens.weight", (shape.vocab, shape.hidden)
@@ -298,7 +286,7 @@ def _expected(shape: _ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _plan(
-    tensors: Mapping[str, TensorSource], shape: _ModelShape, main_type: GgmlType
+    tensors: Mapping[str, TensorSource], shape: ModelShape, main_type: GgmlType
 ) -> tuple[list[_Planned], list[str]]:
     expected: dict[str, tuple[int, ...]] = {}
     for hf_name, size in _expected(shape):
@@ -315,7 +303,7 @@ def _plan(
                 f"tensor {hf_name!r} does not belong to a model of {shape.layers} layers as config.json says"
             )
     plan = []
-    if (factors := _llama3_rope_factors(shape)) is not None:
+    if (factors := llama3_rope_factors(shape)) is not None:
         plan.append(_Planned("rope_freqs.weight", "", _Computed(factors), None, GgmlType.F32))
     fallbacks = []
     for hf_name, size in expected.items():
@@ -370,7 +358,7 @@ class _Disk:
 def _write(
     writer: gguf.GGUFWriter,
     plan: list[_Planned],
-    shape: _ModelShape,
+    shape: ModelShape,
     tokenizer: GgufTokenizer,
     file_type: str,
     name: str,
@@ -381,8 +369,8 @@ def _write(
     for tensor in plan:
         # the numpy type only matters where it is uint8
         writer.add_tensor_info(tensor.name, tensor.source.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
-    _add_model(writer, shape, file_type, name)
-    _add_tokenizer(writer, tokenizer)
+    add_model(writer, shape, FILE_TYPES[file_type][0], name)
+    add_tokenizer(writer, tokenizer)
     with disk.explained():
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -447,135 +435,3 @@ def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
     rows = max(1, _CHUNK // math.prod(shape[1:]))
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
-
-
-# Metadata.
-
-
-def _model_shape(config: Mapping[str, Any]) -> _ModelShape:
-    architecture = next(iter(config.get("architectures") or ()), None)
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"GGUF export does not know the architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}"
-        )
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if missing := [key for key in needed if config.get(key) is None]:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
-    if (activation := config.get("hidden_act", "silu")) != "silu":
-        raise ValueError(f"hidden_act is {activation!r}; llama.cpp's llama architecture has only 'silu'")
-    mistral = architecture == "MistralForCausalLM"
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    return _ModelShape(
-        vocab=config["vocab_size"],
-        hidden=hidden,
-        ffn=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        # defaults as in transformers' configurations
-        kv_heads=config.get("num_key_value_heads") or (8 if mistral else heads),
-        head_dim=config.get("head_dim") or hidden // heads,
-        context=config.get("max_position_embeddings") or (4096 * 32 if mistral else 2048),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        tied=config.get("tie_word_embeddings", False),
-        rope=_rope(config),
-        sliding_window=config.get("sliding_window") if mistral else None,
-    )
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    if rope["rope_type"] not in ("default", "linear", "dynamic", "yarn", "llama3"):
-        raise ValueError(
-            f"rope scaling {rope['rope_type']!r} is not supported in GGUF export (known: linear, dynamic, yarn, llama3)"
-        )
-    if rope["rope_type"] != "default" and "factor" not in rope:
-        raise ValueError(f"rope scaling {json.dumps(rope)} has no factor")
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise ValueError(f"partial_rotary_factor is {partial}; the llama architecture rotates whole heads")
-    return rope
-
-
-def _llama3_rope_factors(shape: _ModelShape) -> np.ndarray | None:
-    """What llama.cpp divides each rotation frequency by, [head_dim / 2], for Llama 3.1's scaling.
-
-    Wavelengths below original_context / high_freq_factor stay, those above original_context / low_freq_factor are
-    stretched by `factor`, between them the frequency is interpolated (Llama 3.1; transformers' "llama3").
-    """
-    rope = shape.rope
-    if rope["rope_type"] != "llama3":
-        return None
-    keys = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if missing := [key for key in keys if key not in rope]:
-        raise ValueError(f"rope scaling of type llama3 lacks {', '.join(missing)}: {json.dumps(rope)}")
-    low, high, context = (rope[key] for key in keys)
-    wavelength = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, shape.head_dim, 2) / shape.head_dim)
-    smooth = np.clip((context / wavelength - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
-
-
-def _unsupported(shape: _ModelShape) -> list[str]:
-    notes = []
-    if shape.rope["rope_type"] == "dynamic":
-        notes.append(f"dynamic rope scaling is not written: right up to {shape.context} tokens, not beyond")
-    if shape.sliding_window is not None and shape.sliding_window < shape.context:
-        notes.append(
-            f"llama.cpp has no sliding window for this architecture: right up to {shape.sliding_window} tokens; "
-            "beyond, it attends to all of them"
-        )
-    return notes
-
-
-def _add_model(writer: gguf.GGUFWriter, shape: _ModelShape, file_type: str, name: str) -> None:
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name)
-    writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
-    writer.add_file_type(FILE_TYPES[file_type][0])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_block_count(shape.layers)
-    writer.add_context_length(shape.context)
-    writer.add_embedding_length(shape.hidden)
-    writer.add_feed_forward_length(shape.ffn)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(shape.norm_eps)
-    writer.add_vocab_size(shape.vocab)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(shape.rope["rope_theta"])
-    if shape.sliding_window is not None:
-        writer.add_sliding_window(shape.sliding_window)
-    kind = shape.rope["rope_type"]
-    if kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-        writer.add_rope_scaling_factor(shape.rope["factor"])
-    if kind == "yarn":
-        _add_yarn(writer, shape)
-
-
-def _add_yarn(writer: gguf.GGUFWriter, shape: _ModelShape) -> None:
-    rope = shape.rope
-    writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or shape.context)
-    writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
-    writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: GgufTokenizer) -> None:
-    writer.add_tokenizer_model(tokenizer.model)
-    writer.add_tokenizer_pre(tokenizer.pre)
-    writer.add_token_list(tokenizer.tokens)
-    writer.add_token_types(tokenizer.types)
-    if tokenizer.scores is not None:
-        writer.add_token_scores(tokenizer.scores)
-    if tokenizer.merges is not None:
-        writer.add_token_merges(tokenizer.merges)
-    for kind, id in tokenizer.special_ids.items():
-        getattr(writer, f"add_{kind}_token_id")(id)
-    writer.add_add_bos_token(tokenizer.add_bos)
-    writer.add_add_eos_token(tokenizer.add_eos)
-    writer.add_add_space_prefix(tokenizer.add_space_prefix)
-    if tokenizer.chat_template is not None:
-        writer.add_chat_template(tokenizer.chat_template)

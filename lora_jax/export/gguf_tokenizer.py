@@ -169,7 +169,10 @@ def _spm_space_prefix(spec: Mapping[str, Any], folder: Path, notes: list[str]) -
             raise ValueError(_refusal(folder, f"pre-tokenizer {json.dumps(step)}"))
         scheme = step["prepend_scheme"]
     if scheme == "first":
-        notes.append("llama.cpp also puts a space before text that follows a special token; this tokenizer does not")
+        notes.append(
+            "llama.cpp also puts a space before text that follows a special token or begins with a space; "
+            "this tokenizer does not"
+        )
     return scheme != "never"
 
 

@@ -101,7 +101,9 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
     folder = Path(folder)
     config = _read_config(folder)
     if not (folder / _WEIGHTS).exists():
-        raise FileNotFoundError(f"{folder} holds no {_WEIGHTS}; an adapter saved as adapter_model.bin must be converted")
+        raise FileNotFoundError(
+            f"{folder} holds no {_WEIGHTS}; an adapter saved as adapter_model.bin must be converted"
+        )
     try:
         tensors = load_file(folder / _WEIGHTS)
     except SafetensorError as error:

@@ -79,7 +79,7 @@ def random_weights(config: dict[str, Any], seed: int = 0, *, biases: bool = Fals
     def norm() -> np.ndarray:
         return (1 + 0.2 * rng.standard_normal(hidden)).astype(np.float32)
 
-    weights = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden, 8.0), "model.norm.weight": norm()}
+    weights = {"model.embed_tokens.weight": matrix(config["vocab_size"], hidden, 3.0), "model.norm.weight": norm()}
     for i in range(config["num_hidden_layers"]):
         layer = {
             "self_attn.q_proj": matrix(q, hidden, 2.0),
@@ -153,11 +153,13 @@ def _rotation(config: dict[str, Any], dim: int) -> tuple[np.ndarray, float]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     base = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
     frequencies = base ** (-np.arange(0, dim, 2) / dim)
-    kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
+    kind, factor = rope.get("rope_type", rope.get("type", "default")), float(rope.get("factor", 1))
     if kind == "linear":
         return frequencies / factor, 1.0
     if kind == "llama3":
-        context, low, high = (rope[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
+        context, low, high = (
+            rope[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        )
         out = []
         for f in frequencies:
             wavelength = 2 * np.pi / f

@@ -18,6 +18,8 @@ def numpy_quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     blocks = np.pad(flat, (0, -flat.size % 64)).reshape(-1, 64)
     absmax = np.abs(blocks).max(axis=1)
     scaled = np.clip(blocks * (np.float32(1) / np.maximum(absmax, np.float32(1e-38)))[:, None], -1, 1)
+    if flat.size % 64:
+        scaled[-1] = blocks[-1] / absmax[-1]
     midpoints = (CODE[1:] + CODE[:-1]) / np.float32(2)
     return np.searchsorted(midpoints, scaled, side="left").reshape(-1)[: flat.size], absmax
 

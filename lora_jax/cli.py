@@ -1,0 +1,459 @@
+"""The command `lora-jax`: train, generate, export.
+
+Mistakes of the user end in one message and exit code 2; anything else keeps its traceback. Heavy imports stand inside
+the commands, so that `--help` is quick.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_jax.config import SCHEDULERS, SFTConfig
+from lora_jax.settings import (
+    LORA,
+    OWN,
+    UsageError,
+    files_of,
+    lora_config,
+    read_settings,
+    sft_config,
+    split_targets,
+    write_settings,
+)
+
+if TYPE_CHECKING:
+    from lora_jax.model import CausalLM
+
+__all__ = ["app", "main", "use_compile_cache"]
+
+RUN_FILE = "train_config.yaml"  # the settings of a run in its output folder; `train --config` reads it again
+
+_HELP = """Fine-tune language models with LoRA and QLoRA in JAX, try the result, and export it.
+
+\b
+Examples:
+    lora-jax train ORG/MODEL --data train.jsonl --output-dir my-run
+    lora-jax generate my-run --chat --prompt "What can you do?"
+    lora-jax export my-run --to gguf:q8_0 --out my-model
+
+A MODEL is a folder in Hugging Face's format or a name on the Hugging Face hub.
+
+Compiled programs are kept in ~/.cache/lora-jax/jax, so that a second run starts sooner. The environment variable
+JAX_COMPILATION_CACHE_DIR names another folder.
+"""
+
+app = typer.Typer(
+    name="lora-jax",
+    help=_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it says that without torch it has no models
+    try:
+        app()
+    except Exception as error:
+        if "--traceback" in sys.argv[1:2] or not _is_for_user(error):
+            raise
+        print(f"lora-jax: {str(error) or type(error).__name__}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_for_user(error: Exception) -> bool:
+    """Whether an error is an explanation of lora_jax for its user: one of these types, raised in our own code.
+
+    The same types out of a library mean that we called it wrongly, except for files, which only the user can mend.
+    """
+    if isinstance(error, OSError | UsageError):
+        return True
+    from lora_jax.checkpoint import CheckpointError
+
+    if not isinstance(error, ValueError | MemoryError | FloatingPointError | CheckpointError):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("lora_jax.")
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or the user's cache folder.
+
+    Call it before anything is compiled.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(parent / "lora-jax" / "jax"))
+
+
+# ---- options ------------------------------------------------------------------------------------------------------
+
+_DEFAULT = SFTConfig()
+
+
+def _options(panel: str) -> Callable[..., Any]:
+    """A maker of options that are None unless given, so that a YAML file can set them; the help says the default."""
+
+    def option(names: str, help: str, default: Any = None) -> Any:
+        shown = help if default is None else f"{help} \\[default: {default}]"  # a bare bracket would be rich's markup
+        return typer.Option(*names.split(), help=shown, rich_help_panel=panel, show_default=False)
+
+    return option
+
+
+_data, _run, _lora, _base = map(_options, ("Data", "Training", "Adapter", "Base model"))
+_AS_TRAINED = "as the run was trained, else"
+
+_FourBit = Annotated[bool | None, _base("--4bit/--16bit", "Hold the base in NF4 or in 16 bits.", f"{_AS_TRAINED} 4bit")]
+_Dtype = Annotated[
+    str | None, _base("--dtype", "bfloat16 or float32: all but NF4 weights.", f"{_AS_TRAINED} the checkpoint's")
+]
+_Source = Annotated[str, typer.Argument(help="Output folder of `train`, PEFT adapter, model folder, or hub name.")]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        import lora_jax
+
+        print(f"lora-jax {lora_jax.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
+) -> None:
+    pass
+
+
+# ---- train --------------------------------------------------------------------------------------------------------
+
+
+@app.command(no_args_is_help=True)
+def train(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or hub name; or a PEFT adapter, to train it further.")
+    ] = None,
+    data: Annotated[list[Path] | None, _data("--data -d", "Rows: .jsonl, .json, .parquet; may be repeated.")] = None,
+    eval_data: Annotated[list[Path] | None, _data("--eval-data", "Rows to evaluate the loss on, every epoch.")] = None,
+    config: Annotated[
+        Path | None,
+        _data("--config -c", "YAML file: names below (a_b for --a-b), fields of SFTConfig and LoraConfig. Flags win."),
+    ] = None,
+    output_dir: Annotated[
+        str | None, _data("--output-dir -o", "Where adapter, metrics and checkpoints go.", _DEFAULT.output_dir)
+    ] = None,
+    overwrite_output_dir: Annotated[
+        bool | None, _data("--overwrite-output-dir", "Replace what an earlier run left there.")
+    ] = None,
+    resume: Annotated[bool | None, _data("--resume", "Continue from the newest checkpoint there.")] = None,
+    max_length: Annotated[
+        int | None, _data("--max-length", "Tokens that a row is cut to.", "as many as the model takes")
+    ] = None,
+    packing: Annotated[
+        bool | None, _data("--packing/--no-packing", "Several examples in one row.", _DEFAULT.packing)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, _run("--learning-rate --lr", "Peak learning rate of AdamW.", _DEFAULT.learning_rate)
+    ] = None,
+    num_train_epochs: Annotated[
+        float | None, _run("--epochs", "Passes over the data (num_train_epochs).", _DEFAULT.num_train_epochs)
+    ] = None,
+    max_steps: Annotated[int | None, _run("--max-steps", "Optimizer steps, instead of epochs.")] = None,
+    per_device_train_batch_size: Annotated[
+        int | None,
+        _run("--batch-size", "Rows at once (per_device_train_batch_size).", _DEFAULT.per_device_train_batch_size),
+    ] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None,
+        _run("--grad-accumulation", "Batches of a step (gradient_accumulation_steps).", 1),
+    ] = None,
+    lr_scheduler_type: Annotated[
+        str | None, _run("--scheduler", f"{', '.join(SCHEDULERS)} (lr_scheduler_type).", _DEFAULT.lr_scheduler_type)
+    ] = None,
+    warmup_steps: Annotated[float | None, _run("--warmup-steps", "Steps; below 1 a share of all.", 0)] = None,
+    gradient_checkpointing: Annotated[
+        str | None,
+        _run("--gradient-checkpointing", "Recompute in backward: full (least memory), selective, none.", "full"),
+    ] = None,
+    save_steps: Annotated[
+        float | None, _run("--save-steps", "Steps between checkpoints.", int(_DEFAULT.save_steps))
+    ] = None,
+    seed: Annotated[int | None, _run("--seed", "Of data order and dropout.", _DEFAULT.seed)] = None,
+    r: Annotated[int | None, _lora("--r", "Rank.", 16)] = None,
+    lora_alpha: Annotated[float | None, _lora("--alpha", "The adapter is scaled by alpha / r.", 16)] = None,
+    lora_dropout: Annotated[float | None, _lora("--dropout", "Probability; of the adapter's input.", 0.0)] = None,
+    target_modules: Annotated[
+        str | None,
+        _lora("--target-modules", "Names joined by commas, all-linear, or a regular expression.", "the 7 of a block"),
+    ] = None,
+    use_rslora: Annotated[bool | None, _lora("--use-rslora", "Scale by alpha / sqrt(r) instead.")] = None,
+    load_in_4bit: _FourBit = None,
+    dtype: _Dtype = None,
+) -> None:
+    """Fine-tune an adapter on rows of data.
+
+    \b
+    Examples:
+      lora-jax train HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --epochs 1 --output-dir my-run
+      lora-jax train ./llama --data a.jsonl --data b.parquet --packing --batch-size 2 --grad-accumulation 8
+      lora-jax train --config run.yaml --lr 1e-4
+      lora-jax train --config my-run/train_config.yaml --resume
+
+    \b
+    A row is one JSON object:
+      {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+      {"prompt": "...", "completion": "..."}
+      {"text": "..."}
+    The loss is taken on answers and completions only; of plain text, on everything.
+
+    \b
+    A run.yaml:
+      model: ./llama
+      data: train.jsonl
+      output_dir: my-run
+      learning_rate: 2e-4
+      r: 32
+      target_modules: q_proj, v_proj
+
+    The output folder holds the adapter in PEFT's format, the tokenizer, train_config.yaml (all settings; --config reads
+    it), metrics.jsonl, loss_curve.png, and checkpoints from which --resume continues exactly.
+    """
+    # Repeatable options that were not given are empty, not None.
+    flags = {k: v for k, v in context.params.items() if k != "config" and v not in (None, [], ())}
+    if "target_modules" in flags:
+        flags["target_modules"] = split_targets(flags["target_modules"])
+    settings = read_settings(config) if config else {}
+    for flag in {"num_train_epochs", "max_length"} & flags.keys():  # a flag replaces the other name in the file, too
+        settings.pop({"num_train_epochs": "max_steps", "max_length": "max_seq_length"}[flag], None)
+    _train(settings | flags)
+
+
+def _train(settings: dict[str, Any]) -> None:
+    own = {name: settings.pop(name, None) for name in OWN}
+    lora_settings = {name: settings.pop(name) for name in LORA if settings.get(name) is not None}
+    if own["model"] is None or not own["data"]:
+        missing = "a MODEL" if own["model"] is None else "--data FILE"
+        raise UsageError(f"train: {missing} is missing; give it on the command line or in --config (see --help)")
+    if own["eval_data"]:
+        settings.setdefault("eval_strategy", "epoch")
+    args = sft_config(settings)
+    folder = Path(args.output_dir)
+    adapter = folder / "adapter_config.json"
+    if adapter.exists() and not own["resume"] and not args.overwrite_output_dir:
+        raise UsageError(
+            f"{folder} holds the adapter of an earlier run; choose another --output-dir, continue with --resume, or "
+            "replace it with --overwrite-output-dir"
+        )
+    use_compile_cache()
+    from lora_jax.data import load_rows
+    from lora_jax.loading import from_pretrained
+    from lora_jax.trainer import SFTTrainer
+
+    rows = load_rows(files_of(own["data"]))  # before the model, which takes longer
+    eval_rows = load_rows(files_of(own["eval_data"])) if own["eval_data"] else None
+    peft_config = lora_config(lora_settings)
+    four_bit = own["load_in_4bit"] is not False
+    name = _absolute(own["model"])
+    model, tokenizer = from_pretrained(name, load_in_4bit=four_bit, dtype=own["dtype"], max_seq_length=args.max_length)
+    if model.lora_config is not None:
+        if lora_settings:
+            raise UsageError(f"{name} is an adapter already, so {', '.join(lora_settings)} cannot be set anew")
+        peft_config = None
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with_base = {"model": name, "load_in_4bit": four_bit, "dtype": model.module.dtype.name}
+    write_settings(folder / RUN_FILE, {**own, **with_base, **lora_settings, **settings})
+    output = trainer.train(resume_from_checkpoint=own["resume"])
+    _save_adapter(trainer, folder)
+    print(f"Trained {output.global_step} steps, mean loss {output.training_loss:.4f}. The adapter is in {folder}")
+    print(f'  try it:     lora-jax generate {folder} --chat --prompt "..."')
+    print(f"  export it:  lora-jax export {folder} --to gguf:q8_0 --out {folder}-export")
+
+
+def _save_adapter(trainer: Any, folder: Path) -> None:
+    """Adapter and tokenizer into a folder that holds other files already."""
+    aside = folder / ".adapter.unfinished"
+    shutil.rmtree(aside, ignore_errors=True)
+    trainer.save_model(aside)
+    for path in sorted(aside.iterdir()):
+        os.replace(path, folder / path.name)
+    aside.rmdir()
+
+
+def _absolute(model: str) -> str:
+    """A local folder by its full path, so that the adapter finds its base from anywhere; a hub name as it is."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.exists() else str(model)
+
+
+# ---- generate -----------------------------------------------------------------------------------------------------
+
+
+@app.command(no_args_is_help=True)
+def generate(
+    source: _Source,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads it from standard input.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message: put it into the model's chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens are made.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token. Above: sample.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens that add up to p.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    load_in_4bit: _FourBit = None,
+    dtype: _Dtype = None,
+) -> None:
+    """Answer a prompt, word by word as it is made.
+
+    \b
+    Examples:
+      lora-jax generate my-run --chat --prompt "Book a table for two"
+      lora-jax generate my-run --chat --system "Answer in JSON." --prompt "Two coffees" --max-new-tokens 64
+      lora-jax generate ./llama --prompt "Once upon a time" --temperature 0.8 --top-p 0.95
+      cat letter.txt | lora-jax generate my-run --chat --prompt -
+    """
+    if system is not None and not chat:
+        raise UsageError("generate: --system is part of a chat; add --chat")
+    if temperature == 0 and (top_k or top_p != 1):
+        raise UsageError("generate: --top-k and --top-p do nothing at temperature 0; add --temperature 0.8, say")
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    model, tokenizer = _load(source, load_in_4bit, dtype)
+    from transformers import TextStreamer
+
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    model.generate(
+        [_prompt_ids(tokenizer, text, chat, system)],
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **(sampling if temperature != 0 else {}),
+    )
+
+
+def _prompt_ids(tokenizer: Any, text: str, chat: bool, system: str | None) -> list[int]:
+    if not chat:
+        return tokenizer(text)["input_ids"]
+    if not tokenizer.chat_template:
+        raise UsageError("generate: the tokenizer has no chat template; leave out --chat to continue plain text")
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": text})
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+# ---- export -------------------------------------------------------------------------------------------------------
+
+_FORMATS = ("peft", "hf", "gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0")
+
+
+@app.command(no_args_is_help=True)
+def export(
+    source: _Source,
+    to: Annotated[list[str], typer.Option("--to", help=f"One of {', '.join(_FORMATS)}; may be repeated.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder; every format gets a folder in it: peft, hf, gguf.")],
+    merge_base: Annotated[
+        str,
+        typer.Option(
+            help="What hf and gguf merge the adapter into: `dequantized`, the very weights it was trained on, or "
+            "`original`, the unquantised weights of the source."
+        ),
+    ] = "dequantized",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace folders that exist.")] = False,
+    load_in_4bit: _FourBit = None,
+    dtype: _Dtype = None,
+) -> None:
+    """Write a trained adapter for other programs.
+
+    \b
+    Formats:
+      peft       the adapter alone, for PEFT, transformers and vLLM
+      hf         base and adapter merged, a Hugging Face folder of 16-bit safetensors
+      gguf:TYPE  base and adapter merged, one file for llama.cpp and Ollama: f32, f16, bf16 or q8_0
+
+    \b
+    Examples:
+      lora-jax export my-run --to gguf:q8_0 --out my-model
+      lora-jax export my-run --to peft --to hf --to gguf:f16 --to gguf:q8_0 --out my-model
+      lora-jax export my-run --to hf --merge-base original --out my-model
+    """
+    formats = list(dict.fromkeys(name.lower() for name in to))
+    if unknown := [name for name in formats if name not in _FORMATS]:
+        raise UsageError(f"export: --to {unknown[0]} is unknown; there are {', '.join(_FORMATS)}")
+    if merge_base not in ("dequantized", "original"):
+        raise UsageError(f"export: --merge-base is {merge_base!r}; there are 'dequantized' and 'original'")
+    kinds = list(dict.fromkeys(name.partition(":")[0] for name in formats))
+    for kind in kinds:
+        if (out / kind).exists() and not overwrite:
+            raise UsageError(f"export: {out / kind} exists; choose another --out, or replace it with --overwrite")
+    model, tokenizer = _load(source, load_in_4bit, dtype)
+    if "peft" in kinds:
+        model.save_pretrained(out / "peft", overwrite=overwrite)
+    if "hf" in kinds:
+        model.save_pretrained_merged(out / "hf", tokenizer, merge_base=merge_base, overwrite=overwrite)
+    if "gguf" in kinds:
+        types = [name.partition(":")[2] for name in formats if name.startswith("gguf")]
+        model.save_pretrained_gguf(out / "gguf", tokenizer, types, merge_base=merge_base, overwrite=overwrite)
+    for kind in kinds:
+        for path in sorted((out / kind).iterdir()):
+            print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+
+
+# ---- shared by generate and export --------------------------------------------------------------------------------
+
+
+def _load(source: str, load_in_4bit: bool | None, dtype: str | None) -> "tuple[CausalLM, Any]":
+    """The model of a run, an adapter or a base, held as it was trained unless told otherwise."""
+    use_compile_cache()
+    from lora_jax.loading import from_pretrained
+
+    name, trained = _absolute(source), {}
+    if Path(name).is_dir():
+        if (Path(name) / RUN_FILE).exists():
+            trained = read_settings(Path(name) / RUN_FILE)
+        name = _adapter_folder(Path(name))
+    four_bit: bool = trained.get("load_in_4bit", True) if load_in_4bit is None else load_in_4bit
+    progress = sys.stdout.isatty()  # where the answer goes
+    return from_pretrained(name, load_in_4bit=four_bit, dtype=dtype or trained.get("dtype"), progress=progress)
+
+
+def _adapter_folder(folder: Path) -> str:
+    """The folder itself, or the newest checkpoint in it if training did not come to its end."""
+    if not any((folder / name).exists() for name in ("adapter_config.json", "config.json")):
+        from lora_jax.checkpoint import latest_checkpoint
+
+        newest = latest_checkpoint(folder)
+        if newest is not None:
+            print(f"lora-jax: {folder} was not trained to the end; taking {newest.name}", file=sys.stderr)
+            return str(newest)
+    return str(folder)
+
+
+if __name__ == "__main__":
+    main()

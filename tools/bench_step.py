@@ -1,0 +1,171 @@
+"""Speed and memory of whole training steps of real model shapes, with random NF4 weights.
+
+    python -m lora_jax.tools.bench_step --model llama3.1-8b --cases 2x2048 4x2048 --remat full selective --out results.json
+
+Every case runs in a process of its own, since a device's peak of memory is never reset. A case reports the median of
+the timed steps, tokens/s (all tokens of the batch count), the peak that JAX's allocator saw, and the compiler's own
+account of the step's memory. Speed depends on the card: compare numbers of one run only.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, vocab_size=512, max_position_embeddings=4096),
+    "llama3.2-1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+                        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072),
+    "llama3.1-8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072),
+}  # fmt: skip
+
+
+def random_model(shape: dict[str, Any], *, nf4: bool = True):
+    """A bfloat16 `CausalLM` of random weights; the linear layers of its blocks in double-quantised NF4 if `nf4`."""
+    import jax
+    import jax.numpy as jnp
+
+    from lora_jax.kernels.nf4 import quantize
+    from lora_jax.model import CausalLM
+    from lora_jax.models.decoder import Decoder
+    from lora_jax.models.linear import Linear, RMSNorm
+    from lora_jax.models.registry import config_from_hf
+
+    hf = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "rope_theta": 500000.0, **shape}
+    module = Decoder(config_from_hf(hf), jnp.bfloat16)
+    key = jax.random.key(0)
+
+    def draw(key, shape, scale):
+        return (scale * jax.random.normal(key, shape, jnp.float32)).astype(jnp.bfloat16)
+
+    for i, (_, stack, part) in enumerate(module.named_modules()):
+        full = part.weight.get_value().shape
+        rng = jax.random.fold_in(key, i)
+        if isinstance(part, RMSNorm):
+            part.weight.set_value(jnp.ones(full, jnp.bfloat16))
+        elif stack is None:
+            part.weight.set_value(draw(rng, full, 0.02))
+        else:
+            one = jax.jit(lambda k, s=full[1:]: quantize(draw(k, s, s[-1] ** -0.5)) if nf4 else draw(k, s, s[-1] ** -0.5))
+            layers = [one(k) for k in jax.random.split(rng, full[0])]
+            part.weight.set_value(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+        assert isinstance(part, Linear) or stack is None or isinstance(part, RMSNorm)
+    return CausalLM(module, hf_config=hf, source=Path("random"))
+
+
+def run_case(args: argparse.Namespace) -> dict[str, Any]:
+    """One case in this process."""
+    import jax
+    import numpy as np
+
+    import lora_jax
+    from lora_jax.optim import make_optimizer
+
+    batch, length = map(int, args.case.split("x"))
+    shape = SHAPES[args.model]
+    model = random_model(shape, nf4=not args.bf16)
+    lora_jax.get_peft_model(model, r=args.rank, verbose=False)
+    optimizer, _ = make_optimizer(lora_jax.SFTConfig(output_dir="unused", learning_rate=2e-4), 1000)
+    step = lora_jax.make_train_step(model, optimizer, remat=args.remat_one)
+    _, lora, frozen = model.split()
+    opt_state = optimizer.init(lora)
+    ids = jax.random.randint(jax.random.key(1), (1, batch, length), 0, shape["vocab_size"])
+    data = {"input_ids": ids, "labels": ids}
+    start = time.perf_counter()
+    compiled = step.lower(lora, opt_state, frozen, data).compile()
+    compile_s = time.perf_counter() - start
+    analysis = compiled.memory_analysis()
+    times, losses = [], []
+    for _ in range(args.warmup + args.steps):
+        start = time.perf_counter()
+        lora, opt_state, metrics = compiled(lora, opt_state, frozen, data)
+        losses.append(float(metrics["loss"]))
+        times.append(time.perf_counter() - start)
+    if not np.isfinite(losses).all() or not losses[-1] < losses[0]:
+        raise SystemExit(f"the loss of one repeated batch must fall; got {losses}")
+    if args.trace:
+        with jax.profiler.trace(args.trace):
+            jax.block_until_ready(compiled(lora, opt_state, frozen, data))
+    seconds = float(np.median(times[args.warmup :]))
+    stats = jax.devices()[0].memory_stats() or {}
+    gib = 2**30
+    return {
+        "model": args.model,
+        "case": args.case,
+        "remat": args.remat_one,
+        "base": "bf16" if args.bf16 else "nf4 (double-quantised)",
+        "rank": args.rank,
+        "ms": 1e3 * seconds,
+        "ms_min_max": [1e3 * min(times[args.warmup :]), 1e3 * max(times[args.warmup :])],
+        "tokens_per_s": batch * length / seconds,
+        "peak_gib": stats.get("peak_bytes_in_use", 0) / gib,
+        "argument_gib": analysis.argument_size_in_bytes / gib,
+        "temp_gib": analysis.temp_size_in_bytes / gib,
+        "compile_s": compile_s,
+        "losses": losses,
+    }
+
+
+def environment() -> dict[str, str]:
+    """Date, device, versions and commit that a result belongs to."""
+    import jax
+    import jaxlib
+
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "commit": git.stdout.strip() or "unknown",
+    }
+
+
+def main() -> None:
+    """Runs every case in its own process and writes one JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama3.1-8b", choices=SHAPES)
+    parser.add_argument("--cases", nargs="+", default=["2x2048"], help="BATCHxTOKENS ...")
+    parser.add_argument("--remat", nargs="+", default=["full"], help="presets of lora_jax.remat")
+    parser.add_argument("--bf16", action="store_true", help="16-bit base weights instead of NF4")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--trace", help="folder for a profiler trace of one step")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--remat-one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print("RESULT " + json.dumps({**run_case(args), "environment": environment()}))
+        return
+    results = []
+    for case in args.cases:
+        for remat in args.remat:
+            command = [sys.executable, "-m", "lora_jax.tools.bench_step", *sys.argv[1:], "--case", case]
+            done = subprocess.run([*command, "--remat-one", remat], capture_output=True, text=True)
+            line = next((row for row in done.stdout.splitlines() if row.startswith("RESULT ")), None)
+            if line is None:
+                error = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
+                result = {"model": args.model, "case": case, "remat": remat, "error": error}
+                print(f"{args.model} {case} {remat}: {error}", flush=True)
+            else:
+                result = json.loads(line.removeprefix("RESULT "))
+                print(
+                    f"{args.model} {case} {remat}: {result['ms']:.1f} ms, {result['tokens_per_s']:,.0f} tokens/s, "
+                    f"peak {result['peak_gib']:.2f} GiB, compile {result['compile_s']:.0f} s",
+                    flush=True,
+                )
+            results.append(result)
+    if args.out:
+        args.out.write_text(json.dumps({"tool": "tools/bench_step.py", "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
