@@ -56,7 +56,8 @@ def bucket_lengths(
 def pad_batch(examples: Sequence[Example | None], length: int, pad_id: int) -> dict[str, np.ndarray]:
     """One example per row, padded on the right; int32 [B, length] each. `None` is an empty row with nothing to learn.
 
-    Pads have label -100, and their positions go on: no real token attends to them.
+    Pads have label -100 and come after every real token, so none attends to them. "positions" and "segment_start" are
+    left out: they are what a model takes without them, and attention is faster when it knows that.
     """
     batch = _blank(len(examples), length, pad_id)
     for row, example in enumerate(examples):
@@ -105,10 +106,13 @@ def pack_batch(
     position. The pads at the end are a segment of their own.
     """
     batch = _blank(len(groups), length, pad_id)
+    batch["positions"], batch["segment_start"] = (np.zeros((len(groups), length), np.int32) for _ in range(2))
     for row, group in enumerate(groups):
         at = 0
         for index in group:
-            at = _put(batch, row, at, examples[index], length)
+            start, at = at, _put(batch, row, at, examples[index], length)
+            batch["positions"][row, start:at] = np.arange(at - start)
+            batch["segment_start"][row, start:at] = start
         batch["positions"][row, at:] = np.arange(length - at)
         batch["segment_start"][row, at:] = at
     return batch
@@ -118,8 +122,6 @@ def _blank(rows: int, length: int, pad_id: int) -> dict[str, np.ndarray]:
     return {
         "input_ids": np.full((rows, length), pad_id, np.int32),
         "labels": np.full((rows, length), IGNORE, np.int32),
-        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        "segment_start": np.zeros((rows, length), np.int32),
     }
 
 
@@ -129,8 +131,6 @@ def _put(batch: dict[str, np.ndarray], row: int, at: int, example: Example, leng
         raise ValueError(f"{end} tokens do not fit in a row of {length}.")
     batch["input_ids"][row, at:end] = example.input_ids
     batch["labels"][row, at + 1 : end] = example.labels[1:]
-    batch["positions"][row, at:end] = np.arange(end - at)
-    batch["segment_start"][row, at:end] = at
     return end
 
 

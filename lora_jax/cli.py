@@ -5,7 +5,6 @@ the commands, so that `--help` is quick.
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -290,20 +289,10 @@ def _train(settings: dict[str, Any]) -> None:
     with_base = {"model": name, "load_in_4bit": four_bit, "dtype": model.module.dtype.name}
     write_settings(folder / RUN_FILE, {**own, **with_base, **lora_settings, **settings})
     output = trainer.train(resume_from_checkpoint=own["resume"])
-    _save_adapter(trainer, folder)
+    trainer.save_model()
     print(f"Trained {output.global_step} steps, mean loss {output.training_loss:.4f}. The adapter is in {folder}")
     print(f'  try it:     lora-jax generate {folder} --chat --prompt "..."')
     print(f"  export it:  lora-jax export {folder} --to gguf:q8_0 --out {folder}-export")
-
-
-def _save_adapter(trainer: Any, folder: Path) -> None:
-    """Adapter and tokenizer into a folder that holds other files already."""
-    aside = folder / ".adapter.unfinished"
-    shutil.rmtree(aside, ignore_errors=True)
-    trainer.save_model(aside)
-    for path in sorted(aside.iterdir()):
-        os.replace(path, folder / path.name)
-    aside.rmdir()
 
 
 def _absolute(model: str) -> str:

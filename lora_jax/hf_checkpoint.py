@@ -24,6 +24,12 @@ class QuantState:
     shape: tuple[int, int]
     nested_offset: float | None  # None without double quantisation
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Endings of the tensors that stand beside the weight."""
+        nested = () if self.nested_offset is None else (".nested_absmax", ".nested_quant_map")
+        return (".absmax", ".quant_map", *nested)
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Parses a JSON file that holds one object. Raises FileNotFoundError or ValueError naming the file."""
@@ -64,9 +70,7 @@ def resolve_folder(name_or_path: str | Path, *, revision: str | None = None, tok
     download = functools.partial(snapshot_download, name, revision=revision, token=token)
     try:
         folder = Path(download(allow_patterns=_SMALL_FILES))
-        index = folder / _INDEX
-        shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [_SINGLE]
-        return Path(download(allow_patterns=[*_SMALL_FILES, *shards]))
+        return Path(download(allow_patterns=[*_SMALL_FILES, *_weight_files(folder)]))
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{name} is gated: accept its licence on the hub and log in with `hf auth login`, or pass token=; ({error})"
@@ -77,10 +81,24 @@ def resolve_folder(name_or_path: str | Path, *, revision: str | None = None, tok
         ) from None
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"repository {name!r} has no revision {revision!r}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, OSError) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, ConnectionError) as error:
         raise FileNotFoundError(
             f"no folder {path}; the hub could not be reached and {name!r} is not in the local cache ({error})"
         ) from None
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Files with weights that a folder's index, or its kind, asks for."""
+    if (folder / "adapter_config.json").exists():
+        return ["adapter_model.safetensors"]
+    return sorted(set(_weight_map(folder / _INDEX).values())) if (folder / _INDEX).exists() else [_SINGLE]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no 'weight_map'; copy or download it again")
+    return weight_map
 
 
 class Checkpoint:
@@ -96,10 +114,7 @@ class Checkpoint:
         self._files: dict[str, Any] = {}
         index = folder / _INDEX
         if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise ValueError(f"{index} has no 'weight_map'; copy or download it again")
-            self._where: dict[str, str] = weight_map
+            self._where = weight_map = _weight_map(index)
             if missing := sorted(f for f in set(weight_map.values()) if not (folder / f).exists()):
                 raise FileNotFoundError(f"{index} names files that are not in the folder: {', '.join(missing)}")
             for file in sorted(set(weight_map.values())):
@@ -149,14 +164,18 @@ class Checkpoint:
         keys = [key for key in self._states if key.startswith(f"{name}.quant_state.")]
         if not keys:
             return None
-        state = json.loads(self.read(keys[0]).tobytes())
-        blocks = (state["blocksize"], state.get("nested_blocksize", 256))
-        if state["quant_type"] != "nf4" or blocks != (64, 256):
+        try:
+            state = json.loads(self.read(keys[0]).tobytes())
+            kind, shape = state["quant_type"], tuple(state["shape"])
+            blocks = (state["blocksize"], state.get("nested_blocksize", 256))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder}: {keys[0]} is damaged ({error!r}); download it again") from None
+        if kind != "nf4" or blocks != (64, 256):
             raise ValueError(
-                f"{name} is quantised as {state['quant_type']} with blocks of {blocks[0]} (nested {blocks[1]}); "
+                f"{self.folder}: {name} is quantised as {kind} with blocks of {blocks[0]} (nested {blocks[1]}); "
                 "only nf4 with 64 (nested 256) is implemented: use the 16-bit checkpoint"
             )
-        return QuantState(tuple(state["shape"]), state.get("nested_offset"))
+        return QuantState(shape, state.get("nested_offset"))
 
     @functools.cached_property
     def _states(self) -> list[str]:
@@ -172,16 +191,16 @@ class Checkpoint:
         Raises:
           ValueError: tensors are missing, unknown, or of another shape.
         """
-        suffixes = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-        quantized = {key.rpartition(".quant_state.")[0] for key in self._states}
-        if missing := set(wanted) - set(self._where):
+        states = {name: self.quant_state(name) for name in wanted}
+        parts = {name + part for name, state in states.items() if state for part in state.parts}
+        if missing := (set(wanted) | parts) - set(self._where):
             raise ValueError(f"{self.folder} lacks tensors that config.json implies: {_some(missing)}")
-        known = set(wanted) | set(self._states) | {name + suffix for name in quantized for suffix in suffixes}
+        known = set(wanted) | parts | set(self._states)
         unknown = {name for name in set(self._where) - known if not name.endswith(tuple(ignored))}
         if unknown:
             raise ValueError(f"{self.folder} holds tensors that this architecture does not have: {_some(unknown)}")
         for name, shape in wanted.items():
-            state = self.quant_state(name) if name in quantized else None
+            state = states[name]
             got = self.shape(name) if state is None else state.shape
             if got != shape:
                 raise ValueError(f"{self.folder}: {name} has shape {list(got)}, config.json implies {list(shape)}")
@@ -194,7 +213,7 @@ def _some(names: set[str]) -> str:
 
 
 def _no_safetensors(folder: Path) -> str:
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    pickles = sorted(p.name for pattern in ("*.bin", "*.bin.index.json", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickles:
         return (
             f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read and are not loaded. "

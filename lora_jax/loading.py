@@ -20,7 +20,7 @@ from lora_jax.models.registry import config_from_hf
 
 __all__ = ["from_pretrained", "load_decoder", "load_tokenizer"]
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.bfloat16}
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Tensors that old checkpoints hold and that follow from config.json.
 _IGNORED = ("rotary_emb.inv_freq",)
 
@@ -68,6 +68,8 @@ def from_pretrained(
         return load_adapter(model, folder), tokenizer
     hf_config = read_json(folder / "config.json")
     config = config_from_hf(hf_config)
+    if max_seq_length is not None and max_seq_length < 1:
+        raise ValueError(f"max_seq_length must be at least 1, got {max_seq_length}; None is for the model's own maximum")
     if max_seq_length is not None and max_seq_length > config.max_position:
         raise ValueError(
             f"max_seq_length={max_seq_length} exceeds the {config.max_position} positions {folder} was made for; "
@@ -76,6 +78,7 @@ def from_pretrained(
     tokenizer = load_tokenizer(folder)
     checkpoint = Checkpoint(folder)
     stored = hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16"
+    stored = "bfloat16" if stored == "float16" else stored  # the range of float16 is too small to train in
     model_dtype = _resolve_dtype(stored if dtype is None else dtype)
     nf4 = load_in_4bit and ("nf4-double" if double_quantize else "nf4")
     try:
@@ -183,7 +186,10 @@ def _check_quantization(hf_config: dict[str, Any]) -> None:
 
 
 def _resolve_dtype(dtype: DTypeLike) -> np.dtype:
-    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else np.dtype(dtype).name
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:  # a name that numpy does not know, or a dtype of torch
+        name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
         raise ValueError(f"dtype={name!r} is not possible; use 'bfloat16' or 'float32'")
     return np.dtype(_DTYPES[name])
@@ -207,15 +213,21 @@ def _read_nf4(checkpoint: Checkpoint, name: str, state: QuantState) -> NF4Weight
     if not np.array_equal(checkpoint.read(f"{name}.quant_map"), CODE):
         raise ValueError(f"{checkpoint.folder}: {name}.quant_map is not the NF4 table")
     spec = NF4Weight.abstract(state.shape, state.nested_offset is not None)
-    packed = checkpoint.read(name).view(np.uint8).reshape(spec.packed.shape)
-    absmax = checkpoint.read(f"{name}.absmax").reshape(spec.absmax.shape)
+
+    def part(ending: str, like) -> jax.Array:
+        # bitsandbytes may store the bytes of the codes under another dtype (bnb_4bit_quant_storage).
+        array = checkpoint.read(name + ending)
+        array = array.view(np.uint8) if not ending else array
+        if array.size != np.prod(like.shape) or array.dtype != like.dtype:
+            got, want = f"{list(array.shape)} {array.dtype}", f"{like.shape} {like.dtype}"
+            raise ValueError(f"{checkpoint.folder}: {name}{ending} is {got}, a weight {state.shape} in NF4 wants {want}")
+        return jnp.asarray(array.reshape(like.shape))
+
+    packed, absmax = part("", spec.packed), part(".absmax", spec.absmax)
     if state.nested_offset is None:
-        return NF4Weight(jnp.asarray(packed), jnp.asarray(absmax, jnp.float32))
-    nested_absmax = checkpoint.read(f"{name}.nested_absmax")
-    nested_code = checkpoint.read(f"{name}.nested_quant_map")
-    offset = jnp.float32(state.nested_offset)
-    arrays = (packed, absmax, nested_absmax)
-    return NF4Weight(*map(jnp.asarray, arrays), offset, jnp.asarray(nested_code))
+        return NF4Weight(packed, absmax)
+    nested = part(".nested_absmax", spec.nested_absmax), part(".nested_quant_map", spec.nested_code)
+    return NF4Weight(packed, absmax, nested[0], jnp.float32(state.nested_offset), nested[1])
 
 
 _quantize = jax.jit(quantize, static_argnums=1)

@@ -14,7 +14,7 @@ from lora_jax.model import CausalLM
 from lora_jax.models.decoder import Block, Decoder
 from lora_jax.models.linear import Embedding, Linear, RMSNorm
 
-__all__ = ["DEFAULT_TARGETS", "LoraConfig", "add_adapters", "get_peft_model", "parameter_counts", "target_names_for_peft"]
+__all__ = ["DEFAULT_TARGETS", "LoraConfig", "adapter_shapes", "add_adapters", "get_peft_model", "parameter_counts", "target_names_for_peft"]
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -33,13 +33,25 @@ class LoraConfig:
     random_state: int = 3407  # seed of A
 
     def __post_init__(self):
-        """Raises ValueError for values outside their range."""
+        """Makes tuples of lists. Raises ValueError for values outside their range."""
+        layers = self.layers_to_transform
+        plain = {
+            "target_modules": DEFAULT_TARGETS if self.target_modules is None else self.target_modules,
+            "layers_to_transform": (layers,) if isinstance(layers, int) else layers,
+            "modules_to_save": self.modules_to_save or (),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value if value is None or isinstance(value, str) else tuple(value))
         if not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r is the rank of the adapter and must be a whole number of at least 1, got {self.r!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is a probability in [0, 1), got {self.lora_dropout!r}")
-        if not self.lora_alpha > 0:
-            raise ValueError(f"lora_alpha must be above 0, got {self.lora_alpha!r}")
+        if not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha must be a number above 0, got {self.lora_alpha!r}")
+        if self.layers_to_transform == ():
+            raise ValueError("layers_to_transform is empty: no layer would get an adapter; None is for all layers")
+        if unknown := set(self.modules_to_save) - {"lm_head", "embed_tokens"}:
+            raise ValueError(f"modules_to_save: {sorted(unknown)} cannot be trained whole; 'lm_head', 'embed_tokens' can")
 
     @property
     def scale(self) -> float:
@@ -83,17 +95,14 @@ def get_peft_model(
       ValueError: the model has an adapter already, a target matches nothing, or a setting is out of range.
     """
     if peft_config is None:
-        if isinstance(layers_to_transform, int):
-            layers_to_transform = [layers_to_transform]
-        targets = DEFAULT_TARGETS if target_modules is None else target_modules
         peft_config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
-            target_modules=targets if isinstance(targets, str) else tuple(targets),
+            target_modules=target_modules,  # pyright: ignore[reportArgumentType] (LoraConfig makes tuples)
             use_rslora=use_rslora,
-            layers_to_transform=None if layers_to_transform is None else tuple(layers_to_transform),
-            modules_to_save=tuple(modules_to_save or ()),
+            layers_to_transform=layers_to_transform,  # pyright: ignore[reportArgumentType]
+            modules_to_save=modules_to_save,  # pyright: ignore[reportArgumentType]
             random_state=random_state,
         )
     if model.lora_config is not None:
@@ -113,11 +122,7 @@ def add_adapters(decoder: Decoder, config: LoraConfig) -> None:
       ValueError: a target matches nothing, a layer does not exist, or the head to be trained is tied.
     """
     layers = range(decoder.config.num_layers)
-    chosen = set(layers if config.layers_to_transform is None else config.layers_to_transform)
-    if outside := sorted(chosen - set(layers)):
-        raise ValueError(f"layers_to_transform names {outside}, the model has layers 0 to {layers[-1]}")
-    targets = _target_names(decoder, config, chosen)
-    _refuse_tied(decoder, {name.rpartition(".")[2] for name in targets} | set(config.modules_to_save))
+    targets = _target_names(decoder, config)
     _cut_stacks(decoder, [frozenset(_targets_of_layer(decoder, targets, i)) for i in layers])
     key = jax.random.key(config.random_state)
     for name, stack, module in decoder.named_modules():
@@ -144,28 +149,53 @@ def parameter_counts(model: CausalLM) -> tuple[int, int]:
     return trained, trained + frozen
 
 
+def adapter_shapes(model: CausalLM, config: LoraConfig) -> dict[str, tuple[int, int]]:
+    """(K, N) of every module that `get_peft_model` would give an adapter, by full name; raises as that does."""
+    slots = model.module.slots()
+    shapes = {name: slots[f"{name}.weight"].shape for name in sorted(_target_names(model.module, config))}
+    # An embedding looks up rows: its input dimension is the first.
+    return {name: (n, k) if name.endswith("embed_tokens") else (k, n) for name, (n, k) in shapes.items()}
+
+
 def target_names_for_peft(model: CausalLM) -> list[str] | str:
     """`target_modules` as PEFT understands it: a regex as it is, otherwise a list of names.
 
-    "all-linear" is written out, since which modules that means depends on the reader's version.
+    "all-linear" is written out, since which modules that means depends on the reader's version; so is a regex beside
+    `layers_to_transform`, which PEFT does not take together.
     """
     assert model.lora_config is not None
     targets = model.lora_config.target_modules
     if targets == "all-linear":
-        names = _target_names(model.module, model.lora_config, set(range(model.config.num_layers)))
-        return sorted({name.rpartition(".")[2] for name in names})
+        return sorted({name.rpartition(".")[2] for name in _target_names(model.module, model.lora_config)})
+    if isinstance(targets, str) and model.lora_config.layers_to_transform is not None:
+        return sorted(_target_names(model.module, model.lora_config))
     return targets if isinstance(targets, str) else sorted(targets)
 
 
-def _target_names(decoder: Decoder, config: LoraConfig, layers: set[int]) -> set[str]:
+def _target_names(decoder: Decoder, config: LoraConfig) -> set[str]:
     """Full names of the modules that get an adapter."""
+    layers = set(range(decoder.config.num_layers))
+    selected = layers if config.layers_to_transform is None else set(config.layers_to_transform)
+    if outside := sorted(selected - layers):
+        raise ValueError(f"layers_to_transform names {outside}, the model has layers 0 to {max(layers)}")
     names = [
         name.format(layer)
         for name, stack, module in decoder.named_modules()
         if isinstance(module, Linear | Embedding)
         for layer in (range(stack.first, stack.first + stack.count) if stack else [None])
-        if layer is None or layer in layers
+        # A module outside the layers is in no selection of layers, as PEFT has it.
+        if (config.layers_to_transform is None if layer is None else layer in selected)
     ]
+    chosen = _matching(names, config)
+    trained = {name.rpartition(".")[2] for name in chosen}
+    if twice := trained & set(config.modules_to_save):
+        raise ValueError(f"{sorted(twice)}: either target_modules or modules_to_save, not both")
+    _refuse_tied(decoder, trained | set(config.modules_to_save))
+    return chosen
+
+
+def _matching(names: list[str], config: LoraConfig) -> set[str]:
+    """Those of the modules that target_modules means."""
     wanted = config.target_modules
     if wanted == "all-linear":
         return {name for name in names if name.rpartition(".")[2] not in ("lm_head", "embed_tokens")}
@@ -181,8 +211,6 @@ def _target_names(decoder: Decoder, config: LoraConfig, layers: set[int]) -> set
     known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
     if unmatched:
         raise ValueError(f"target_modules: {', '.join(map(repr, unmatched))} matches no module; there are {known}")
-    if unknown := set(config.modules_to_save) - {"lm_head", "embed_tokens"}:
-        raise ValueError(f"modules_to_save: {sorted(unknown)} cannot be trained whole; 'lm_head', 'embed_tokens' can")
     if not chosen and not config.modules_to_save:
         raise ValueError("target_modules is empty: nothing would be trained")
     return chosen

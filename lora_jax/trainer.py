@@ -92,7 +92,7 @@ class SFTTrainer:
         self.max_length = self.args.max_length or getattr(model, "max_seq_length", None) or 1024
         self._formatting_func = formatting_func
         self._optimizers = optimizers
-        self._train_examples = self._tokenize(train_dataset)
+        self._train_examples = self._tokenize(train_dataset, self._rows_needed())
         self._eval_examples = self._tokenize(eval_dataset)
         if self.args.eval_strategy != "no" and self._eval_examples is None:
             raise ValueError(
@@ -201,12 +201,19 @@ class SFTTrainer:
 
     # ---- preparation -----------------------------------------------------------------------------------------------
 
-    def _tokenize(self, dataset: Any) -> list[Example] | None:
+    def _rows_needed(self) -> int | None:
+        """How many rows `max_steps` can use, so that a source without an end can be read; None for all."""
+        if self.args.max_steps <= 0 or self.args.packing:
+            return None
+        return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size
+
+    def _tokenize(self, dataset: Any, limit: int | None = None) -> list[Example] | None:
         if dataset is None:
             return None
         from lora_jax.data import load_rows, tokenize_rows
 
-        rows = load_rows(dataset)
+        endless = not hasattr(dataset, "__len__") and not isinstance(dataset, str | Path)
+        rows = load_rows(dataset, limit=limit if endless else None)
         if self.processing_class is None and "input_ids" not in rows[0]:
             raise ValueError(
                 "SFTTrainer: rows of text want a tokenizer; got none. Pass processing_class=tokenizer (from_pretrained "

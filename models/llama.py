@@ -23,17 +23,22 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     activation = hf.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ValueError(f"config.json: hidden_act is {activation!r}, this model family is implemented with 'silu'")
-    layers = required(hf, "num_hidden_layers")
+    layers, hidden = required(hf, "num_hidden_layers"), required(hf, "hidden_size")
+    kv_heads = heads if hf.get("num_key_value_heads") is None else required(hf, "num_key_value_heads")
+    if heads % kv_heads:
+        raise ValueError(f"config.json: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
+    if hf.get("head_dim") is None and hidden % heads:
+        raise ValueError(f"config.json: num_attention_heads={heads} must divide hidden_size={hidden}")
     bias = bool(hf.get("attention_bias", False))
     return DecoderConfig(
         architecture=hf["architectures"][0],
         vocab_size=required(hf, "vocab_size"),
-        hidden_size=required(hf, "hidden_size"),
+        hidden_size=hidden,
         intermediate_size=required(hf, "intermediate_size"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads if hf.get("head_dim") is None else required(hf, "head_dim"),
         max_position=hf.get("max_position_embeddings", 2048),
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
         rope=rope_from_hf(hf),
@@ -58,8 +63,10 @@ def rope_from_hf(hf: dict[str, Any]) -> RopeConfig:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in _ROPE_KINDS:
         raise ValueError(f"config.json: rope type {kind!r} is not implemented; known are {', '.join(_ROPE_KINDS)}")
-    if kind != "default" and "factor" not in parameters:
-        raise ValueError(f"config.json: rope type {kind!r} needs a 'factor'; got {parameters}")
+    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    needed = {"default": (), "llama3": needed}.get(kind, needed[:1])
+    if missing := [name for name in needed if parameters.get(name) is None]:
+        raise ValueError(f"config.json: rope type {kind!r} needs a number {missing[0]!r}; got {parameters}")
     max_position = hf.get("max_position_embeddings", 2048)
     original = parameters.get("original_max_position_embeddings") or max_position
     names = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")

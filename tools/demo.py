@@ -94,7 +94,7 @@ def run_demo(settings: Settings) -> dict[str, Any]:
         "model": str(model.name_or_path),
         "device": device.device_kind,
         "dtype": dtype,
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
+        "settings": json.loads(json.dumps(dataclasses.asdict(settings), default=str)),
         "test_rows": {"seen_templates": seen, "unseen_templates": len(task.test_unseen)},
         "exact_before": _scores(before, task),
         "exact_after": _scores(after, task),
@@ -148,17 +148,19 @@ def peak_memory() -> int:
 def _train(model: Any, tokenizer: Any, task: Task, out: Path, settings: Settings) -> dict[str, float]:
     from lora_jax import SFTConfig, SFTTrainer
 
+    rows = [row.training for row in task.train]
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
     args = SFTConfig(
         output_dir=str(out),
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         per_device_train_batch_size=settings.batch_size,
-        max_length=min(512, model.config.max_position),
+        # Pads to the longest row, 114 tokens of SmolLM2, and not to the next multiple of 64: a tenth less to compute.
+        max_length=max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])),
         gradient_checkpointing=False,  # so small a model need not compute anything twice
         save_strategy="no",  # a minute's work; the adapter is saved at the end
         seed=settings.seed,
     )
-    rows = [row.training for row in task.train]
     trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     output = trainer.train()
     return {"steps": output.global_step, **output.metrics}

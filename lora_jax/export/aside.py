@@ -5,18 +5,24 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 __all__ = ["folder_aside"]
 
 
 @contextlib.contextmanager
-def folder_aside(folder: Path, overwrite: bool) -> Iterator[Path]:
+def folder_aside(folder: Path, overwrite: bool, kept: Iterable[Path] = ()) -> Iterator[Path]:
     """Yields an empty temporary folder that becomes `folder` when the block ends without an error.
 
+    Args:
+      folder: where to.
+      overwrite: replace what is there, all of it.
+      kept: what must not be replaced along with it, such as the model that is being exported.
+
     Raises:
-      FileExistsError: the folder exists, holds something, and `overwrite` is False.
+      FileExistsError: the folder exists, holds something, and `overwrite` is False; or it holds the working directory
+        or something of `kept`.
       OSError: it cannot be written, or the disk is full; an existing folder is left as it was.
     """
     folder = folder.expanduser().absolute()
@@ -24,6 +30,9 @@ def folder_aside(folder: Path, overwrite: bool) -> Iterator[Path]:
         raise FileExistsError(f"{folder} is a file; give the name of a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder or pass overwrite=True")
+    for path in (Path.cwd(), *kept):
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise FileExistsError(f"{folder} holds {path}, which overwriting it would remove; choose another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -34,10 +43,9 @@ def folder_aside(folder: Path, overwrite: bool) -> Iterator[Path]:
         os.chmod(aside, 0o777 & ~_umask())  # mkdtemp makes it private
         _replace(aside, folder)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(
-                errno.ENOSPC, f"the disk is full while writing {folder}; nothing was changed there"
-            ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"the disk is full while writing {folder}; nothing was changed there, make room and save again"
+            raise OSError(error.errno, message) from error
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -50,7 +58,12 @@ def _replace(new: Path, folder: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
     os.rename(folder, old / "content")
-    os.rename(new, folder)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        os.rename(old / "content", folder)
+        old.rmdir()
+        raise
     shutil.rmtree(old)
 
 

@@ -15,10 +15,11 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import gguf
 import numpy as np
@@ -34,7 +35,12 @@ from lora_jax.export.gguf_metadata import (
     unsupported,
 )
 from lora_jax.export.gguf_tokenizer import GgufTokenizer, read_tokenizer
+from lora_jax.export.hf import copy_small_files
+from lora_jax.export.merge import merged_tensors
 from lora_jax.reporting import console, say
+
+if TYPE_CHECKING:
+    from lora_jax.model import CausalLM
 
 FILE_TYPES = {
     "f32": (gguf.LlamaFileType.ALL_F32, GgmlType.F32),
@@ -101,6 +107,51 @@ class _Computed:
 
     def read(self) -> np.ndarray:
         return self.values
+
+
+def save_gguf(
+    model: "CausalLM",
+    folder: Path,
+    tokenizer: Any = None,
+    quantization_method: str | Sequence[str] = "f16",
+    *,
+    merge_base: str = "dequantized",
+    overwrite: bool = False,
+    verbose: bool = True,
+) -> list[Path]:
+    """Writes base and adapter merged into one model, as one GGUF file for each type asked for.
+
+    Args:
+      model: it is not changed.
+      folder: where to; made if it does not exist. Files are named after the model and the type.
+      tokenizer: only its chat template is used, if it is not the one of the source.
+      quantization_method: "f32", "f16", "bf16", "q8_0", or several of them.
+      merge_base: "dequantized" or "original", see `lora_jax.export.merge`.
+      overwrite: replace files that exist.
+      verbose: show progress.
+
+    Raises:
+      FileExistsError: a file of that name exists and `overwrite` is False.
+      ValueError, OSError: as `write_gguf`.
+    """
+    types = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
+    types = [name.lower() for name in types]
+    if unknown := [name for name in types if name not in FILE_TYPES]:
+        raise ValueError(f"quantization_method {unknown[0]!r} is not known; choose from {', '.join(FILE_TYPES)}")
+    base = Path(model.name_or_path).name
+    paths = [folder / f"{base}.{name.upper()}.gguf" for name in types]
+    if not overwrite and (existing := [path for path in paths if path.exists()]):
+        raise FileExistsError(f"{existing[0]} exists; choose another folder or pass overwrite=True")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(error.errno, f"{folder} cannot be written ({error.strerror}); choose another place") from None
+    tensors = merged_tensors(model, merge_base)
+    with tempfile.TemporaryDirectory() as small:
+        copy_small_files(model.source, Path(small), tokenizer)
+        for path, name in zip(paths, types, strict=True):
+            write_gguf(path, tensors, model.hf_config, small, name, name=base, progress=verbose)
+    return paths
 
 
 def write_gguf(

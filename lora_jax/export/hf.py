@@ -76,7 +76,8 @@ def save_merged(
     if name not in _DTYPES:
         raise ValueError(f"dtype={name!r} is unknown; known are {', '.join(_DTYPES)}")
     tensors = merged_tensors(model, merge_base)
-    with folder_aside(folder, overwrite) as aside, Progress(disable=not verbose, transient=True) as progress:
+    bar = Progress(disable=not verbose, transient=True)
+    with folder_aside(folder, overwrite, kept=[model.source]) as aside, bar as progress:
         task = progress.add_task("Writing merged weights", total=len(tensors))
 
         def read(key: str) -> np.ndarray:

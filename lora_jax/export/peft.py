@@ -10,17 +10,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.export.aside import folder_aside
+from lora_jax.export.safetensors_writer import write_file
 from lora_jax.hf_checkpoint import read_json
 from lora_jax.models.linear import Embedding, value
 
 if TYPE_CHECKING:
     from flax import nnx
 
+    from lora_jax.lora import LoraConfig
     from lora_jax.model import CausalLM
 
 __all__ = ["adapter_tensors", "base_of_adapter", "load_adapter", "save_adapter"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_LINEAR, _EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+# Settings of PEFT that change what an adapter means and are not implemented, with the value that turns each off.
+_UNSUPPORTED = {
+    "use_dora": False,
+    "use_qalora": False,
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "exclude_modules": None,
+    "layer_replication": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +54,6 @@ class _Part:
     def array(self):
         whole = value(getattr(self.owner, self.attribute))
         return whole if self.index is None else whole[self.index]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = tuple(self.array.shape)
-        return shape[::-1] if self.transposed else shape
 
     def write(self, tensor: np.ndarray) -> None:
         variable = getattr(self.owner, self.attribute)
@@ -61,19 +74,15 @@ def save_adapter(model: "CausalLM", folder: Path, *, overwrite: bool = False) ->
       ValueError: the model has no adapter, or a value in it is not finite.
       FileExistsError, OSError: the folder exists, cannot be written, or the disk is full.
     """
-    from safetensors.numpy import load_file, save_file
-
     if model.lora_config is None:
         raise ValueError("the model has no adapter to save; make one with get_peft_model")
     tensors = adapter_tensors(model)
     if bad := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise ValueError(f"the adapter is not finite in {bad[0]} ({len(bad)} tensors); nothing was written")
-    with folder_aside(folder, overwrite) as aside:
-        save_file(tensors, aside / _WEIGHTS, metadata={"format": "pt"})
+    with folder_aside(folder, overwrite, kept=[model.source]) as aside:
+        # Not the library's writer: its errors hide that the disk is full.
+        write_file(aside / _WEIGHTS, {k: t.shape for k, t in tensors.items()}, tensors.__getitem__, np.dtype(np.float32))
         (aside / _CONFIG).write_text(json.dumps(_peft_config(model), indent=2) + "\n", encoding="utf-8")
-        written = load_file(aside / _WEIGHTS)
-        if any(not np.array_equal(written[name], tensor) for name, tensor in tensors.items()):
-            raise OSError(f"{folder}: the adapter does not read back as it was written; the disk may be failing")
     return folder
 
 
@@ -99,6 +108,8 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
     from lora_jax.lora import get_peft_model
 
     folder = Path(folder)
+    if model.lora_config is not None:
+        raise ValueError("the model has an adapter already; load the base model again to put another on it")
     config = _read_config(folder)
     if not (folder / _WEIGHTS).exists():
         raise FileNotFoundError(
@@ -108,38 +119,34 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
         tensors = load_file(folder / _WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / _WEIGHTS} is truncated or corrupted ({error}); copy it again") from None
-    _check_shapes(model, tensors, folder)
+    _check_tensors(model, config, tensors, folder)
     get_peft_model(model, config, verbose=False)
-    parts = _parts(model)
-    if differing := sorted(set(parts) ^ set(tensors)):
-        raise ValueError(
-            f"{folder}: the adapter was made for another model: its tensors do not match the target modules of "
-            f"{model.source}, beginning with {differing[0]}"
-        )
-    for name, part in parts.items():
-        if tensors[name].shape != part.shape:
-            raise ValueError(
-                f"{folder}: the adapter was made for another model: {name} has shape {list(tensors[name].shape)}, "
-                f"{model.source} wants {list(part.shape)}"
-            )
+    for name, part in _parts(model).items():
         part.write(tensors[name])
     return model
 
 
-def _check_shapes(model: "CausalLM", tensors: dict[str, np.ndarray], folder: Path) -> None:
+def _check_tensors(model: "CausalLM", config: "LoraConfig", tensors: dict[str, np.ndarray], folder: Path) -> None:
     """Refuses an adapter of another model before the model is changed."""
-    slots = model.module.slots()
-    for name, tensor in tensors.items():
-        module, _, kind = name.removeprefix("base_model.model.").partition(".lora_A")
-        if not kind:
-            continue
-        weight = slots.get(f"{module}.weight")
-        if weight is None or weight.shape[1] != tensor.shape[1]:
-            want = "no such module" if weight is None else f"{weight.shape[1]} input features"
-            raise ValueError(
-                f"{folder}: the adapter was made for another model: {name} has shape {list(tensor.shape)}, "
-                f"{model.source} has {want}"
-            )
+    from lora_jax.lora import adapter_shapes
+
+    wanted = {}
+    for module, (k, n) in adapter_shapes(model, config).items():
+        a, b = _EMBEDDING if module.endswith("embed_tokens") else _LINEAR
+        wanted[f"base_model.model.{module}.{a}"] = (config.r, k)
+        wanted[f"base_model.model.{module}.{b}"] = (n, config.r)
+    for name, slot in model.module.slots().items():
+        if name.removesuffix(".weight").rpartition(".")[2] in config.modules_to_save:
+            wanted[f"base_model.model.{name}"] = slot.shape
+    other = f"{folder}: the adapter was made for another model"
+    if unknown := sorted(set(tensors) - set(wanted)):
+        raise ValueError(f"{other}: {model.source} has no place for {unknown[0]} ({len(unknown)} such tensors)")
+    if missing := sorted(set(wanted) - set(tensors)):
+        raise ValueError(f"{other}, or is damaged: it lacks {missing[0]} ({len(missing)} such tensors)")
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            got = list(tensors[name].shape)
+            raise ValueError(f"{other}: {name} has shape {got}, {model.source} wants {list(shape)}")
 
 
 def _parts(model: "CausalLM") -> dict[str, _Part]:
@@ -156,9 +163,9 @@ def _parts(model: "CausalLM") -> dict[str, _Part]:
 def _attributes(module) -> Iterator[tuple[str, str, bool]]:
     """(attribute, PEFT's ending, transposed) of what is trained in one module."""
     if getattr(module, "lora_a", None) is not None:
-        embedding = isinstance(module, Embedding)
-        yield "lora_a", "lora_embedding_A" if embedding else "lora_A.weight", True
-        yield "lora_b", "lora_embedding_B" if embedding else "lora_B.weight", True
+        a, b = _EMBEDDING if isinstance(module, Embedding) else _LINEAR
+        yield "lora_a", a, True
+        yield "lora_b", b, True
     if getattr(module, "trained", None) is not None:
         yield "trained", "weight", False
 
@@ -193,20 +200,20 @@ def _read_config(folder: Path):
     from lora_jax.lora import LoraConfig
 
     config = read_json(folder / _CONFIG)
-    plain = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}: peft_type is {config.get('peft_type')!r}; only 'LORA' adapters can be loaded")
-    for name, wanted in plain.items():
-        if config.get(name) not in (wanted, None):
-            raise ValueError(f"{folder}: {name}={config[name]!r} is not implemented")
-    targets, layers = config["target_modules"], config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
+    for name, off in _UNSUPPORTED.items():
+        if config.get(name) and config[name] != off:
+            raise ValueError(f"{folder}: the adapter has {name}={config[name]!r}, which is not implemented")
+    if missing := [name for name in ("r", "lora_alpha", "target_modules") if config.get(name) is None]:
+        raise ValueError(f"{folder / _CONFIG} has no {missing[0]!r}; copy or save the adapter again")
+    targets = config["target_modules"]
     return LoraConfig(
         r=config["r"],
         lora_alpha=config["lora_alpha"],
         lora_dropout=config.get("lora_dropout", 0.0),
         target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
         use_rslora=config.get("use_rslora", False),
-        layers_to_transform=None if layers is None else tuple(layers),
+        layers_to_transform=config.get("layers_to_transform"),
         modules_to_save=tuple(config.get("modules_to_save") or ()),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["write_checkpoint"]
+__all__ = ["write_checkpoint", "write_file"]
 
 _INDEX = "model.safetensors.index.json"
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -36,7 +36,7 @@ def write_checkpoint(
     total = len(shards)
     files = ["model.safetensors" if total == 1 else f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
     for file, names in zip(files, shards, strict=True):
-        _write_file(folder / file, {name: shapes[name] for name in names}, read, dtype)
+        write_file(folder / file, {name: shapes[name] for name in names}, read, dtype)
     if total > 1:
         size = sum(int(np.prod(shape)) for shape in shapes.values()) * dtype.itemsize
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -57,10 +57,13 @@ def _split(shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int) -> 
     return shards
 
 
-def _write_file(
-    path: Path, shapes: dict[str, tuple[int, ...]], read: Callable[[str], np.ndarray], dtype: np.dtype
+def write_file(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], dtype: np.dtype
 ) -> None:
-    """The format: length of the header (8 bytes, little endian), header as JSON, then the tensors' bytes."""
+    """Writes one file and reads it back; arguments and errors as in `write_checkpoint`.
+
+    The format: length of the header (8 bytes, little endian), header as JSON, then the tensors' bytes.
+    """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
