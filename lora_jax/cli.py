@@ -277,6 +277,7 @@ def _train(settings: dict[str, Any]) -> None:
         if lora_settings:
             raise UsageError(f"{name} is an adapter already, so {', '.join(lora_settings)} cannot be set anew")
         peft_config = None
+    with_base = {"model": name, "load_in_4bit": four_bit, "dtype": model.module.dtype.name}
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -284,15 +285,23 @@ def _train(settings: dict[str, Any]) -> None:
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=peft_config,
+        callbacks=[_KeepSettings({**own, **with_base, **lora_settings, **settings})],
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    with_base = {"model": name, "load_in_4bit": four_bit, "dtype": model.module.dtype.name}
-    write_settings(folder / RUN_FILE, {**own, **with_base, **lora_settings, **settings})
     output = trainer.train(resume_from_checkpoint=own["resume"])
     trainer.save_model()
     print(f"Trained {output.global_step} steps, mean loss {output.training_loss:.4f}. The adapter is in {folder}")
     print(f'  try it:     lora-jax generate {folder} --chat --prompt "..."')
     print(f"  export it:  lora-jax export {folder} --to gguf:q8_0 --out {folder}-export")
+
+
+class _KeepSettings:
+    """Writes the settings when training begins: a run that is refused leaves those of the run before it."""
+
+    def __init__(self, settings: dict[str, Any]):
+        self._settings = settings
+
+    def on_train_begin(self, args: SFTConfig, *_: Any, **__: Any) -> None:
+        write_settings(Path(args.output_dir) / RUN_FILE, self._settings)
 
 
 def _absolute(model: str) -> str:

@@ -35,7 +35,9 @@ def logits(model: "CausalLM", input_ids, attention_mask=None) -> jax.Array:
     ids = jnp.asarray(input_ids, jnp.int32)
     mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(attention_mask, jnp.int32)
     if ids.ndim != 2 or mask.shape != ids.shape:
-        raise ValueError(f"logits: want input_ids and attention_mask of one shape [B, T], got {ids.shape}, {mask.shape}")
+        raise ValueError(
+            f"logits: want input_ids and attention_mask of one shape [B, T], got {ids.shape}, {mask.shape}"
+        )
     graph, lora, frozen = model.split()
 
     def run(lora, frozen, ids, mask):

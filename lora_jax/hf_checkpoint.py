@@ -81,7 +81,12 @@ def resolve_folder(name_or_path: str | Path, *, revision: str | None = None, tok
         ) from None
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"repository {name!r} has no revision {revision!r}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, ConnectionError) as error:
+    except (
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        errors.HfHubHTTPError,
+        ConnectionError,
+    ) as error:
         raise FileNotFoundError(
             f"no folder {path}; the hub could not be reached and {name!r} is not in the local cache ({error})"
         ) from None

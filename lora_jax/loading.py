@@ -7,14 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from jax.typing import DTypeLike
 
 from lora_jax.hf_checkpoint import Checkpoint, QuantState, read_json, resolve_folder
 from lora_jax.kernels.nf4 import NF4Weight, dequantize, quantize
 from lora_jax.kernels.nf4.format import CODE
 from lora_jax.model import CausalLM
-from lora_jax.models.decoder import Block, Decoder
+from lora_jax.models.decoder import Decoder
 from lora_jax.models.linear import Linear
 from lora_jax.models.registry import config_from_hf
 
@@ -69,7 +68,9 @@ def from_pretrained(
     hf_config = read_json(folder / "config.json")
     config = config_from_hf(hf_config)
     if max_seq_length is not None and max_seq_length < 1:
-        raise ValueError(f"max_seq_length must be at least 1, got {max_seq_length}; None is for the model's own maximum")
+        raise ValueError(
+            f"max_seq_length must be at least 1, got {max_seq_length}; None is for the model's own maximum"
+        )
     if max_seq_length is not None and max_seq_length > config.max_position:
         raise ValueError(
             f"max_seq_length={max_seq_length} exceeds the {config.max_position} positions {folder} was made for; "
@@ -142,6 +143,8 @@ def load_decoder(
             if isinstance(jax.tree.leaves(like)[0], jax.ShapeDtypeStruct):
                 like = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
             slot.variable.set_value(_write(like, new, slot.index))
+        # JAX works ahead of the device: without waiting, many tensors would be in memory at once.
+        jax.block_until_ready(slot.variable.get_value())
     return model
 
 
@@ -220,7 +223,9 @@ def _read_nf4(checkpoint: Checkpoint, name: str, state: QuantState) -> NF4Weight
         array = array.view(np.uint8) if not ending else array
         if array.size != np.prod(like.shape) or array.dtype != like.dtype:
             got, want = f"{list(array.shape)} {array.dtype}", f"{like.shape} {like.dtype}"
-            raise ValueError(f"{checkpoint.folder}: {name}{ending} is {got}, a weight {state.shape} in NF4 wants {want}")
+            raise ValueError(
+                f"{checkpoint.folder}: {name}{ending} is {got}, a weight {state.shape} in NF4 wants {want}"
+            )
         return jnp.asarray(array.reshape(like.shape))
 
     packed, absmax = part("", spec.packed), part(".absmax", spec.absmax)

@@ -14,7 +14,15 @@ from lora_jax.model import CausalLM
 from lora_jax.models.decoder import Block, Decoder
 from lora_jax.models.linear import Embedding, Linear, RMSNorm
 
-__all__ = ["DEFAULT_TARGETS", "LoraConfig", "adapter_shapes", "add_adapters", "get_peft_model", "parameter_counts", "target_names_for_peft"]
+__all__ = [
+    "DEFAULT_TARGETS",
+    "LoraConfig",
+    "adapter_shapes",
+    "add_adapters",
+    "get_peft_model",
+    "parameter_counts",
+    "target_names_for_peft",
+]
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -51,7 +59,9 @@ class LoraConfig:
         if self.layers_to_transform == ():
             raise ValueError("layers_to_transform is empty: no layer would get an adapter; None is for all layers")
         if unknown := set(self.modules_to_save) - {"lm_head", "embed_tokens"}:
-            raise ValueError(f"modules_to_save: {sorted(unknown)} cannot be trained whole; 'lm_head', 'embed_tokens' can")
+            raise ValueError(
+                f"modules_to_save: {sorted(unknown)} cannot be trained whole; 'lm_head', 'embed_tokens' can"
+            )
 
     @property
     def scale(self) -> float:

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lora_jax.kernels.loss import Head
-from lora_jax.kernels.nf4 import NF4Weight, lora_matmul
+from lora_jax.kernels.nf4 import lora_matmul
 from lora_jax.kernels.rms_norm import rms_norm
 
 __all__ = ["Embedding", "Linear", "RMSNorm", "value"]
@@ -35,7 +35,9 @@ class Linear(nnx.Module):
     def __init__(self, k: int, n: int, *, lead: tuple[int, ...], dtype: DTypeLike, bias: bool = False):
         self.weight = _empty((*lead, n, k), dtype)
         self.bias: nnx.Param | None = _empty((*lead, n), dtype) if bias else None
-        self.trained: nnx.LoRAParam | None = nnx.data(None)  # a copy of the weight that is trained (only lm_head has one)
+        self.trained: nnx.LoRAParam | None = nnx.data(
+            None
+        )  # a copy of the weight that is trained (only lm_head has one)
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)  # [K, R]
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)  # [R, N]
         self.lora_magnitude: nnx.LoRAParam | None = nnx.data(None)  # [N], DoRA's column norms

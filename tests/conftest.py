@@ -27,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.rootpath / ".pytest_cache" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    # GPUs multiply float32 in 19 bits unless told otherwise; the tests' float32 means float32.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     # A test that reaches for the network shall fail at once, not wait for it.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -21,6 +21,11 @@ def log_probs(model: lora_jax.CausalLM, ids: list[int]) -> np.ndarray:
     return np.asarray(jax.nn.log_softmax(model.logits(np.array([ids]))[0, -1]))
 
 
+def distance(theirs: np.ndarray, ours: np.ndarray) -> float:
+    """Largest difference, less the median one: llama.cpp's server normalises to some 1e-4 only."""
+    return float(np.abs(centred_difference(theirs, ours)).max())
+
+
 @pytest.fixture(scope="module")
 def adapted(smollm2):
     """SmolLM2 in float32 with an adapter that changes its answers."""
@@ -46,7 +51,7 @@ def test_smollm2_logits_equal_llamacpp(smollm2, tmp_path):
     prompts = [tokenizer(text)["input_ids"] for text in [*PROMPTS, long_prompt]]
     assert len(prompts[-1]) >= 2048
     with LlamaCpp(path, model.config.vocab_size, n_ctx=4096) as server:
-        differences = [centred_difference(server.logprobs(ids), log_probs(model, ids)) for ids in prompts]
+        differences = [distance(server.logprobs(ids), log_probs(model, ids)) for ids in prompts]
     print("largest centred difference of a log-probability:", differences)
     assert max(differences) <= 5e-4
 
@@ -64,6 +69,6 @@ def test_the_merged_adapter_in_llamacpp(adapted, files, smollm2):
         with LlamaCpp(path, model.config.vocab_size) as server:
             theirs = server.logprobs(ids)
         divergence = float(np.sum(np.exp(ours) * (ours - theirs)))
-        print(name, "largest", centred_difference(theirs, ours), "KL", divergence)
-        assert centred_difference(theirs, ours) <= limit
+        print(name, "largest", distance(theirs, ours), "KL", divergence)
+        assert distance(theirs, ours) <= limit
         assert abs(divergence) < 0.02

@@ -91,7 +91,11 @@ def smol(smollm2):
 def long_text() -> str:
     """English of some 2,500 tokens that no model has seen."""
     rng = np.random.default_rng(5)
-    who, did, what = ["The baker", "My neighbour", "An engineer", "Her sister"], ["sold", "found", "painted"], ["a boat", "two clocks", "the old fence"]
+    who, did, what = (
+        ["The baker", "My neighbour", "An engineer", "Her sister"],
+        ["sold", "found", "painted"],
+        ["a boat", "two clocks", "the old fence"],
+    )
     when = ["in March", "before breakfast", "after the storm", "on a Tuesday"]
     return " ".join(
         f"{rng.choice(who)} {rng.choice(did)} {rng.choice(what)} {rng.choice(when)}, and {rng.integers(2, 99)} people came to see it."
@@ -188,7 +192,10 @@ def test_twenty_steps_equal_peft(quantized, smollm2, oracle, tmp_path):
     assert want[-1] < want[0] - 0.3  # it learns, so the comparison means something
     assert np.abs(losses - want).max() <= 1e-4
     np.testing.assert_allclose(norms, np.load(tmp_path / "peft" / "grad_norms.npy"), rtol=1e-3)
-    ours, theirs = lora_jax.export.peft.adapter_tensors(model), load_file(tmp_path / "peft/adapter/adapter_model.safetensors")
+    ours, theirs = (
+        lora_jax.export.peft.adapter_tensors(model),
+        load_file(tmp_path / "peft/adapter/adapter_model.safetensors"),
+    )
     assert set(ours) == set(theirs)
     errors = {name: np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(theirs[name]) for name in ours}
     worst = max(errors, key=errors.__getitem__)
@@ -292,7 +299,9 @@ def test_nf4_equals_bitsandbytes(smollm2, oracle, tmp_path):
         )
         got = jax.jit(dequantize_absmax)(state)
         np.testing.assert_array_equal(flat(got), want[f"{name}.double.absmax_dequant"], err_msg=name)
-        np.testing.assert_array_equal(np.asarray(dequantize(state, w.dtype)), want[f"{name}.double.dequant"], err_msg=name)
+        np.testing.assert_array_equal(
+            np.asarray(dequantize(state, w.dtype)), want[f"{name}.double.dequant"], err_msg=name
+        )
 
         # Our own double quantisation: the mean may differ in its last bit, and bitsandbytes' CPU kernel does not always
         # take the nearest of the 256 values (up to 3 steps off, in up to 0.5 % of blocks).

@@ -52,7 +52,9 @@ def random_model(shape: dict[str, Any], *, nf4: bool = True):
         elif stack is None:
             part.weight.set_value(draw(rng, full, 0.02))
         else:
-            one = jax.jit(lambda k, s=full[1:]: quantize(draw(k, s, s[-1] ** -0.5)) if nf4 else draw(k, s, s[-1] ** -0.5))
+            one = jax.jit(
+                lambda k, s=full[1:]: quantize(draw(k, s, s[-1] ** -0.5)) if nf4 else draw(k, s, s[-1] ** -0.5)
+            )
             layers = [one(k) for k in jax.random.split(rng, full[0])]
             part.weight.set_value(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
         assert isinstance(part, Linear) or stack is None or isinstance(part, RMSNorm)

@@ -38,7 +38,7 @@ class Settings:
     rows: int = 360  # training rows
     test_rows: int = 40  # rows of each of the two test sets
     epochs: float = 1.0  # passes over the training rows
-    learning_rate: float = 1e-3  # peak, falling linearly to 0
+    learning_rate: float = 3e-3  # peak, falling linearly to 0
     batch_size: int = 8  # rows of one step
     seed: int = 0  # of task, adapter and data order
     dtype: str | None = None  # "bfloat16" or "float32"; None for the faster one on this machine

@@ -32,13 +32,15 @@ _ADJECTIVES = (
     "wooden red blue large small glass cotton round leather steel green silver paper white folding plastic black "
     "ceramic striped yellow knitted padded woven speckled lacquered quilted varnished enamelled turquoise crimson "
     "beige oval slender foldable embroidered hexagonal marbled wicker suede scented",
-    "woollen copper purple tiny square velvet orange rubber golden heavy bamboo brown",
+    "woollen copper purple tiny square velvet orange rubber golden heavy bamboo brown wide narrow plain dark bright "
+    "soft thick thin antique modern linen checkered",
 )
 _NOUNS = (
     "spoons chairs lamps baskets candles towels plates notebooks blankets boxes mugs pillows brushes bottles cushions "
     "shelves pens ladders bowls curtains umbrellas folders trays clocks aprons goblets trestles pitchers sieves "
     "coasters lanterns corkscrews hammocks tablecloths bookends thermometers napkins crates funnels doormats",
-    "mats hooks vases buckets scarves stools forks benches mirrors tents ropes jars",
+    "mats hooks vases buckets scarves stools forks benches mirrors tents ropes jars sponges desks cups rugs pots "
+    "drawers kettles sofas racks bells",
 )
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 

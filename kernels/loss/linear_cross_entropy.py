@@ -35,14 +35,36 @@ class Head:
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 of hidden states x [..., D]."""
         if self.trained is not None:
-            dims = (((x.ndim - 1,), (1,)), ((), ()))
-            raw = jax.lax.dot_general(x, self.trained.astype(x.dtype), dims, preferred_element_type=jnp.float32)
-        elif self.a is None and isinstance(self.weight, jax.Array):
-            dims = (((x.ndim - 1,), (1,)), ((), ()))
-            raw = jax.lax.dot_general(x, self.weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+            raw = _matmul(x, self.trained)
+        elif self.a is None and not isinstance(self.weight, NF4Weight):
+            raw = _matmul(x, self.weight)
         else:
             raw = lora_matmul(x, self.weight, self.a, self.b, self.scale).astype(jnp.float32)
         return raw if self.softcap is None else self.softcap * jnp.tanh(raw / self.softcap)
+
+
+@jax.custom_vjp
+def _matmul(x, w):
+    """x [..., D] times w^T for w [V, D], in float32."""
+    dims = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, w.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+
+
+def _matmul_fwd(x, w):
+    return _matmul(x, w), (x, w)
+
+
+def _matmul_bwd(residuals, dlogits):
+    """Rounds the gradient of the logits to the dtype of x; otherwise all of w would be widened to float32."""
+    x, w = residuals
+    dlogits = dlogits.astype(x.dtype)
+    dx = jnp.dot(dlogits, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+    rows = (tuple(range(x.ndim - 1)),) * 2
+    dw = jax.lax.dot_general(dlogits, x, (rows, ((), ())), preferred_element_type=jnp.float32)
+    return dx, dw.astype(w.dtype)
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def linear_cross_entropy(

@@ -101,7 +101,9 @@ class NF4Weight:
         """The weight with `jax.ShapeDtypeStruct` in place of arrays. Raises ValueError for an odd K."""
         *lead, n, k = shape
         if k % 2:
-            raise ValueError(f"NF4 packs two weights of a row in a byte, so the input dimension must be even; got {shape}")
+            raise ValueError(
+                f"NF4 packs two weights of a row in a byte, so the input dimension must be even; got {shape}"
+            )
         blocks = -(-n * k // BLOCK)
         absmax = (*lead, n, k // BLOCK) if k % BLOCK == 0 else (*lead, blocks)
         make = jax.ShapeDtypeStruct
@@ -164,13 +166,14 @@ def dequantize_absmax(w: NF4Weight) -> jax.Array:
 def _dequantize_one(w: NF4Weight, dtype: DTypeLike) -> jax.Array:
     """`dequantize` of a weight without leading axes."""
     n, half = w.packed.shape
-    codes = w.packed[:, :, None] >> np.array([4, 0], np.uint8) & np.uint8(15)
+    # Both nibbles are looked up and then interleaved. Shifting a doubled byte reads shorter, but XLA splits that into
+    # several passes: a training step of an 8B model took 70 ms and 4 GiB more.
+    values = jnp.stack([_lookup(w.packed >> 4), _lookup(w.packed & 15)], axis=-1)
     absmax = dequantize_absmax(w)
     if absmax.ndim == 2:
-        values = _lookup(codes.reshape(n, -1, BLOCK)) * absmax[..., None]
-        return values.reshape(n, 2 * half).astype(dtype)
+        return (values.reshape(n, -1, BLOCK) * absmax[..., None]).reshape(n, 2 * half).astype(dtype)
     scale = jnp.repeat(absmax, BLOCK)[: n * 2 * half]
-    return (_lookup(codes.reshape(-1)) * scale).reshape(n, 2 * half).astype(dtype)
+    return (values.reshape(-1) * scale).reshape(n, 2 * half).astype(dtype)
 
 
 def _lookup(codes: jax.Array) -> jax.Array:

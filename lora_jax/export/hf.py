@@ -65,6 +65,7 @@ def save_merged(
 
     Raises:
       FileExistsError, OSError: the folder exists, cannot be written, or the disk is full.
+      FileNotFoundError: the folder that the model was loaded from is gone.
       ValueError: unknown method, base or dtype, a weight that float16 cannot hold, or one that is not finite.
     """
     if save_method == "lora":
@@ -75,6 +76,8 @@ def save_merged(
     name = dtype or (stored if stored in ("bfloat16", "float16") else "bfloat16")
     if name not in _DTYPES:
         raise ValueError(f"dtype={name!r} is unknown; known are {', '.join(_DTYPES)}")
+    if not (model.source / "config.json").exists():
+        raise FileNotFoundError(f"{model.source} is gone: its config.json and tokenizer belong into the merged folder")
     tensors = merged_tensors(model, merge_base)
     bar = Progress(disable=not verbose, transient=True)
     with folder_aside(folder, overwrite, kept=[model.source]) as aside, bar as progress:

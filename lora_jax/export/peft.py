@@ -81,7 +81,9 @@ def save_adapter(model: "CausalLM", folder: Path, *, overwrite: bool = False) ->
         raise ValueError(f"the adapter is not finite in {bad[0]} ({len(bad)} tensors); nothing was written")
     with folder_aside(folder, overwrite, kept=[model.source]) as aside:
         # Not the library's writer: its errors hide that the disk is full.
-        write_file(aside / _WEIGHTS, {k: t.shape for k, t in tensors.items()}, tensors.__getitem__, np.dtype(np.float32))
+        write_file(
+            aside / _WEIGHTS, {k: t.shape for k, t in tensors.items()}, tensors.__getitem__, np.dtype(np.float32)
+        )
         (aside / _CONFIG).write_text(json.dumps(_peft_config(model), indent=2) + "\n", encoding="utf-8")
     return folder
 

@@ -98,7 +98,9 @@ def test_with_a_cache_queries_stand_at_their_offset(window):
     whole = flash_attention(q, k, v, segment_start=first, window=window)
     empty = jnp.full((2, 10, 2, 16), 1e4)  # unwritten slots must not be seen
     keys, values = jnp.concatenate([k, empty], 1), jnp.concatenate([v, empty], 1)
-    step = jax.jit(lambda q, first, i: flash_attention(q, keys, values, segment_start=first, query_offset=i, window=window))
+    step = jax.jit(
+        lambda q, first, i: flash_attention(q, keys, values, segment_start=first, query_offset=i, window=window)
+    )
     for i in (5, 17, 29):
         part = step(q[:, i : i + 1], first[:, i : i + 1], i)
         np.testing.assert_allclose(part, whole[:, i : i + 1], atol=2e-6)

@@ -123,7 +123,9 @@ def case(shape, rank, m, seed=0):
 
 
 @pytest.mark.parametrize("base", ["float", "nf4", "nf4-double"])
-@pytest.mark.parametrize(("shape", "rank", "m"), [((64, 128), 8, 33), ((96, 192), 1, 1), ((10, 96), 5, 4), ((7, 10), 3, 2)])
+@pytest.mark.parametrize(
+    ("shape", "rank", "m"), [((64, 128), 8, 33), ((96, 192), 1, 1), ((10, 96), 5, 4), ((7, 10), 3, 2)]
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lora_matmul_and_all_gradients_against_float64(base, shape, rank, m, dtype):
     x, w, a, b, dy = case(shape, rank, m)

@@ -1,0 +1,298 @@
+"""Generation: the cache changes nothing, rows do not see each other, sampling follows the distribution."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import generate_text, get_peft_model
+from lora_jax.generation import _draw, stop_ids
+from tests import tiny
+
+NEW = 12
+PROMPTS = [tiny.ids(1, n, seed=n)[0].tolist() for n in (9, 1, 5)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.write_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return tiny.randomize_adapter(get_peft_model(tiny.open_model(folder), r=4, verbose=False))
+
+
+def window_model(tmp_path_factory):
+    hf = tiny.config(architectures=["MistralForCausalLM"], sliding_window=4, num_hidden_layers=3)
+    return tiny.open_model(tiny.write_folder(tmp_path_factory.mktemp("tiny") / "window", hf, tokenizer=False), "nf4")
+
+
+def full_forward(model, prompt: list[int], n: int) -> list[int]:
+    """Greedy without a cache: the whole row anew for every token. One shape, so that it compiles once."""
+    width = 24
+    row, new = list(prompt), []
+    for _ in range(n):
+        ids, mask = np.zeros((1, width), np.int32), np.zeros((1, width), np.int32)
+        ids[0, : len(row)], mask[0, : len(row)] = row, 1
+        logits = np.asarray(model.logits(ids, mask))[0, len(row) - 1]
+        best = np.sort(logits)[-2:]
+        assert best[1] - best[0] > 1e-4  # no tie that rounding decides
+        new.append(int(logits.argmax()))
+        row.append(new[-1])
+    return new
+
+
+@pytest.fixture(scope="module")
+def greedy(model) -> np.ndarray:
+    """What the prompts continue with, each alone, [3, NEW]."""
+    return np.concatenate([model.generate([p], max_new_tokens=NEW, eos_token_id=[])[:, len(p) :] for p in PROMPTS])
+
+
+def test_greedy_equals_the_full_forward_at_every_step(model, greedy):
+    for prompt, new in zip(PROMPTS, greedy, strict=True):
+        assert new.tolist() == full_forward(model, prompt, NEW)
+    assert len(np.unique(greedy)) > 5  # not one token over and over
+
+
+def test_greedy_with_a_sliding_window_and_nf4(tmp_path_factory):
+    model = window_model(tmp_path_factory)
+    out = model.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[])
+    for prompt, row in zip(PROMPTS, out, strict=True):
+        assert row[-NEW:].tolist() == full_forward(model, prompt, NEW)
+
+
+def test_a_batch_equals_its_rows_alone_in_every_form(model, greedy):
+    width = max(map(len, PROMPTS))
+    ids, mask = np.zeros((3, width), np.int64), np.zeros((3, width), np.int64)
+    for i, prompt in enumerate(PROMPTS):
+        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = prompt, 1
+    right_ids, right_mask = np.zeros_like(ids), np.zeros_like(mask)
+    for i, prompt in enumerate(PROMPTS):
+        right_ids[i, : len(prompt)], right_mask[i, : len(prompt)] = prompt, 1
+    forms = [
+        (PROMPTS, {}),
+        ([np.array(p) for p in PROMPTS], {}),
+        (ids, {"attention_mask": mask}),
+        (ids + 7 * (1 - mask), {"attention_mask": mask.astype(bool)}),  # what pads means nothing
+        ({"input_ids": ids, "attention_mask": mask}, {}),
+        ({"input_ids": right_ids, "attention_mask": right_mask}, {}),
+        (jnp.asarray(ids), {"attention_mask": jnp.asarray(mask)}),
+    ]
+    for prompts, options in forms:
+        out = model.generate(prompts, max_new_tokens=NEW, eos_token_id=[], pad_token_id=99, **options)
+        assert out.dtype == np.int32
+        assert out.shape == (3, width + NEW)
+        np.testing.assert_array_equal(out[:, width:], greedy)
+        for row, prompt in zip(out, PROMPTS, strict=True):
+            assert row[:width].tolist() == [99] * (width - len(prompt)) + prompt
+
+
+def test_one_row_of_ids(model, greedy):
+    for prompt in (PROMPTS[0], np.array(PROMPTS[0])):
+        out = model.generate(prompt, max_new_tokens=3, eos_token_id=[])
+        assert out.tolist() == [PROMPTS[0] + greedy[0, :3].tolist()]
+    out = model.generate(np.array(PROMPTS[0]), attention_mask=np.ones(9), max_new_tokens=3, eos_token_id=[])
+    assert out[0, 9:].tolist() == greedy[0, :3].tolist()
+
+
+def test_prompts_longer_than_a_multiple_of_64_and_caches_that_grow(model):
+    prompt = tiny.ids(1, 70, seed=4)
+    ahead = model.generate(prompt, max_new_tokens=70, eos_token_id=[])
+    whole = np.asarray(model.logits(ahead))[0]
+    # At every step the token is the likeliest after all before it.
+    margin = whole[69:-1].max(-1) - np.take_along_axis(whole[69:-1], ahead[0, 70:, None], -1)[:, 0]
+    assert margin.max() < 1e-4
+
+
+def test_left_padding_of_logits(model):
+    ids = tiny.ids(1, 10)
+    alone = np.asarray(model.logits(ids))[0]
+    padded = np.concatenate([np.full((1, 6), 3), ids], axis=1)
+    mask = np.repeat([[0, 1]], [6, 10], axis=1)
+    # Other shapes are other programs: sums in another order.
+    np.testing.assert_allclose(np.asarray(model.logits(padded, mask))[0, 6:], alone, atol=2e-5)
+    with pytest.raises(ValueError, match=r"of one shape \[B, T\], got \(1, 10\), \(1, 16\)"):
+        model.logits(ids, mask)
+
+
+# Stopping.
+
+
+def test_stop_ids_of_both_configs(folder, model, tmp_path):
+    assert stop_ids(model) == [257, 258]  # generation_config.json first, then config.json
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "generation_config.json").unlink()
+    assert stop_ids(tiny.open_model(other)) == [257]
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    assert stop_ids(tiny.open_model(other)) == []
+
+
+def test_rows_stop_at_any_stop_id_and_are_padded(model, greedy):
+    stops = [int(greedy[0, 2]), int(greedy[1, 4])]
+    out = model.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=stops, pad_token_id=77)[:, 9:]
+    lengths = []
+    for row, want in zip(out, greedy, strict=True):
+        hits = np.flatnonzero(np.isin(want, stops))
+        n = hits[0] + 1 if len(hits) else NEW  # the stop id itself is part of the answer
+        n_out = min(n, out.shape[1])
+        assert row[:n_out].tolist() == want[:n_out].tolist()
+        assert set(row[n_out:].tolist()) <= {77}
+        lengths.append(n)
+    assert out.shape[1] == max(lengths)  # it ends with the last row
+    assert min(lengths) < max(lengths)
+    alone = model.generate([PROMPTS[0]], max_new_tokens=NEW, eos_token_id=int(greedy[0, 2]))
+    assert alone.shape == (1, 9 + np.flatnonzero(greedy[0] == greedy[0, 2])[0] + 1)
+
+
+def test_stop_ids_come_from_the_model_folder(folder, greedy, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [319, int(greedy[0, 3])]}))
+    model = tiny.randomize_adapter(get_peft_model(tiny.open_model(other), r=4, verbose=False))
+    out = model.generate([PROMPTS[0], PROMPTS[2]], max_new_tokens=NEW)
+    first = np.flatnonzero(greedy[0] == greedy[0, 3])[0]
+    assert out[0, 9 : 9 + first + 1].tolist() == greedy[0, : first + 1].tolist()
+    assert set(out[0, 9 + first + 1 :].tolist()) <= {319}  # padded with the first stop id
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "a prompt is empty; give at least one token"),
+        ([[]], {}, "a prompt is empty"),
+        ([[5], []], {}, "a prompt is empty"),
+        (np.ones((1, 3)), {"attention_mask": np.zeros((1, 3))}, "a prompt is empty"),
+        ([[1] * 250], {"max_new_tokens": 7}, "prompt of 250 and max_new_tokens=7 exceed the model's 256 positions"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens >= 1"),
+        ([[1]], {"temperature": 0.0}, r"temperature > 0, .* leave do_sample=False"),
+        ([[1]], {"top_p": 0.0}, "0 < top_p <= 1"),
+        ([[1]], {"top_p": 1.5}, "0 < top_p <= 1"),
+        ([[1]], {"top_k": -1}, "top_k >= 0"),
+        ([[1], [2]], {"streamer": object()}, "a streamer shows one row; got 2 prompts"),
+    ],
+)
+def test_bad_input(model, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt, **options)
+
+
+# Sampling.
+
+
+def test_sampling_with_one_choice_is_greedy(model, greedy):
+    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
+        out = model.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[], do_sample=True, seed=3, **options)
+        np.testing.assert_array_equal(out[:, 9:], greedy, err_msg=str(options))
+
+
+def test_sampling_follows_the_seed(model):
+    def draw(seed):
+        return model.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[], do_sample=True, seed=seed)[:, 9:].tolist()
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    same = model.generate([PROMPTS[0]] * 3, max_new_tokens=NEW, eos_token_id=[], do_sample=True, seed=1)
+    assert len({tuple(row) for row in same.tolist()}) == 3  # rows draw for themselves
+
+
+LOGITS = np.array([0.5, 2.0, -1.0, 1.0, 0.0, 1.9, -3.0, 0.7], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (2.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 3, 1.0), (1.0, 0, 0.7), (0.7, 4, 0.8)],
+)
+def test_samples_are_distributed_as_they_should(temperature, top_k, top_p):
+    n = 20_000
+    rows = jnp.broadcast_to(jnp.asarray(LOGITS), (n, 8))
+    settings = (jnp.float32(temperature), jnp.float32(top_p))
+    tokens = np.asarray(_draw(rows, jax.random.key(0), *settings, top_k=top_k))
+    scores = LOGITS.astype(np.float64) / temperature
+    p = np.exp(scores) / np.exp(scores).sum()
+    order = np.argsort(-p)
+    # Nucleus: the smallest set of likeliest tokens that reaches top_p, of the whole distribution.
+    kept = order[: np.searchsorted(np.cumsum(p[order]), top_p) + 1] if top_p < 1 else order
+    kept = kept[:top_k] if top_k else kept
+    want = np.where(np.isin(np.arange(8), kept), p, 0)
+    want /= want.sum()
+    counts = np.bincount(tokens, minlength=8)
+    assert counts[want == 0].sum() == 0
+    seen = want > 0
+    chi2 = ((counts - n * want)[seen] ** 2 / (n * want)[seen]).sum()
+    assert chi2 < 30  # at most 7 degrees of freedom: exceeded with probability 1e-4
+
+
+def test_rows_are_sampled_from_their_own_logits():
+    rows = jnp.asarray(np.where(np.eye(5, 8) == 1, 50.0, 0.0))
+    tokens = _draw(rows, jax.random.key(0), jnp.float32(1), jnp.float32(1), top_k=0)
+    assert np.asarray(tokens).tolist() == [0, 1, 2, 3, 4]
+
+
+# Streaming and text.
+
+
+class Recorder:
+    def __init__(self):
+        self.values, self.ended = [], 0
+
+    def put(self, value):
+        assert not self.ended
+        self.values.append(np.asarray(value).tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def test_streaming(model, greedy):
+    streamer = Recorder()
+    out = model.generate([PROMPTS[0]], max_new_tokens=4, eos_token_id=[], streamer=streamer)
+    assert streamer.values == [PROMPTS[0], *([int(token)] for token in greedy[0, :4])]
+    assert streamer.ended == 1
+    assert out[0].tolist() == sum(streamer.values, [])
+
+
+def test_streaming_through_transformers(model, folder, greedy, capsys):
+    from transformers import AutoTokenizer, TextStreamer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    model.generate([PROMPTS[0]], max_new_tokens=4, eos_token_id=[], streamer=streamer)
+    assert capsys.readouterr().out == tokenizer.decode(greedy[0, :4]) + "\n"
+
+
+def test_generate_text(folder):
+    model, tokenizer = lora_jax.from_pretrained(folder, progress=False, load_in_4bit=False)
+    talk = [{"role": "user", "content": "Hi"}]
+    ids = tokenizer("user: Hi<|eot|>assistant: ")["input_ids"]
+    assert ids.count(258) == 1
+    prompts = ["Hello", talk, "A longer prompt"]
+    options = {"max_new_tokens": 6, "eos_token_id": []}
+    answers = generate_text(model, tokenizer, prompts, batch_size=2, **options)
+    for answer, row in zip(
+        answers, [tokenizer("Hello")["input_ids"], ids, tokenizer("A longer prompt")["input_ids"]], strict=True
+    ):
+        new = model.generate([row], **options)[0, len(row) :]
+        assert answer == tokenizer.decode(new, skip_special_tokens=True)
+    assert generate_text(model, tokenizer, []) == []
+
+
+def test_a_new_adapter_is_seen_by_compiled_functions(folder):
+    """Functions compiled for the base model are not used for the adapted one, nor old values after an update."""
+    model = tiny.open_model(folder)
+    ids = tiny.ids(1, 8)
+    base = np.asarray(model.logits(ids))
+    get_peft_model(model, r=2, verbose=False)
+    np.testing.assert_allclose(model.logits(ids), base, atol=1e-5)
+    tiny.randomize_adapter(model)
+    first = np.asarray(model.logits(ids))
+    assert np.abs(first - base).max() > 0.1
+    tiny.randomize_adapter(model, seed=1)
+    assert np.abs(np.asarray(model.logits(ids)) - first).max() > 0.1
