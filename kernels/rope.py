@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864) in Hugging Face's half-split layout, with its scaled forms."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864) in Hugging Face's half-split layout, and its scaled forms."""
 
 import dataclasses
 import math

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Streamer", "generate", "generate_text", "logits", "stop_ids"]
 
-# Prompts and caches are padded to a multiple of this, so that few shapes are compiled. Padding is on the left and masked.
+# Prompts and caches are padded to a multiple of this, so that few shapes are compiled; on the left, and masked.
 _MULTIPLE = 64
 
 

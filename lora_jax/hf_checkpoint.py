@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint: which folder, which files, which tensors; nothing is loaded before it is asked for."""
+"""Reading a Hugging Face checkpoint: which folder, files and tensors; nothing is loaded before it is asked for."""
 
 import dataclasses
 import functools

@@ -10,7 +10,7 @@ __all__ = ["config_from_hf"]
 
 
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
-    """Reads config.json; absent fields have the defaults of transformers' MistralConfig. Raises ValueError as Llama's."""
+    """Reads config.json; absent fields have the defaults of transformers' MistralConfig. Raises ValueError."""
     hf = {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32, **hf}
     # Absent means 4096 (the class's default), null means none: v0.1 has a window, v0.2 and later have null.
     window = hf.get("sliding_window", 4096)

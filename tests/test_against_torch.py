@@ -98,7 +98,8 @@ def long_text() -> str:
     )
     when = ["in March", "before breakfast", "after the storm", "on a Tuesday"]
     return " ".join(
-        f"{rng.choice(who)} {rng.choice(did)} {rng.choice(what)} {rng.choice(when)}, and {rng.integers(2, 99)} people came to see it."
+        f"{rng.choice(who)} {rng.choice(did)} {rng.choice(what)} {rng.choice(when)}, "
+        f"and {rng.integers(2, 99)} people came to see it."
         for _ in range(130)
     )
 

@@ -125,6 +125,11 @@ def test_a_second_run_does_not_overwrite_the_first(finished: Path, capsys: pytes
     assert run("train", "--config", finished / "train_config.yaml", "-o", finished) == 2
     assert "--overwrite-output-dir" in capsys.readouterr().err
     assert (finished / "adapter_model.safetensors").read_bytes() == before
+    # The trainer's own refusals leave the settings alone, too: they are written when training begins.
+    settings = (finished / "train_config.yaml").read_bytes()
+    assert run("train", "--config", finished / "train_config.yaml", "-o", finished, "--resume", "--seed", 9) == 2
+    assert "seed" in capsys.readouterr().err
+    assert (finished / "train_config.yaml").read_bytes() == settings
 
 
 def test_flags_win_over_the_file(model: Path, data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The training step: packing and accumulation change nothing, and the compiled program holds no dense weight for long."""
+"""The training step: packing and accumulation change nothing, the compiled program keeps no dense weight."""
 
 import re
 
@@ -200,7 +200,7 @@ def shapes_in(text: str) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("remat", PRESETS)
 def test_the_compiled_step_keeps_no_dense_weight_and_no_logits(remat):
-    """No dequantised weight is saved, stacked over layers or carried, and no array of tokens times vocabulary exists."""
+    """No dequantised weight is saved, stacked or carried, and no array of tokens times vocabulary exists."""
     layers, tokens, vocab = 5, 4096, 131072
     model = make_model(num_hidden_layers=layers, vocab_size=vocab, hidden_size=128, intermediate_size=384)
     optimizer = optax.adam(1e-3)

@@ -1,6 +1,6 @@
 """Speed and memory of whole training steps of real model shapes, with random NF4 weights.
 
-    python -m lora_jax.tools.bench_step --model llama3.1-8b --cases 2x2048 4x2048 --remat full selective --out results.json
+    python -m lora_jax.tools.bench_step --cases 2x2048 4x2048 --remat full selective --out results.json
 
 Every case runs in a process of its own, since a device's peak of memory is never reset. A case reports the median of
 the timed steps, tokens/s (all tokens of the batch count), the peak that JAX's allocator saw, and the compiler's own

@@ -37,8 +37,8 @@ class Settings:
     out: Path | None = None  # a new folder; None for the next free outputs/demo-N
     rows: int = 360  # training rows
     test_rows: int = 40  # rows of each of the two test sets
-    epochs: float = 1.0  # passes over the training rows
-    learning_rate: float = 3e-3  # peak, falling linearly to 0
+    epochs: float = 2.0  # passes over the training rows
+    learning_rate: float = 2e-3  # peak, falling linearly to 0
     batch_size: int = 8  # rows of one step
     seed: int = 0  # of task, adapter and data order
     dtype: str | None = None  # "bfloat16" or "float32"; None for the faster one on this machine

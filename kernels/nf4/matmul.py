@@ -113,7 +113,7 @@ def _dot(x, y):
 
 
 def _dropout(x, key, rate):
-    """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate); a linear map, its own transpose."""
+    """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate); its own transpose."""
     if key is None:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
