@@ -76,9 +76,8 @@ def train_step(
       (lora, opt_state, metrics) with metrics "loss" (mean, nats), "grad_norm" (global, before any clipping),
       "num_label_tokens" and "leaf_grad_norms" (by path; one norm a layer for stacked leaves).
     """
-    batch = dict(batch)
-    seed = batch.pop("seed", None)
-    key = jax.random.key(seed) if dropout else None
+    key = jax.random.key(batch["seed"]) if dropout else None
+    batch = {name: array for name, array in batch.items() if name != "seed"}
 
     def micro_step(carry, micro):
         index, micro = micro

@@ -8,6 +8,8 @@ Variables of type `nnx.LoRAParam` are trained, variables of type `nnx.Param` are
 variable later start as `nnx.data(None)`: NNX takes a plain None for a constant that never becomes one.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,7 +22,7 @@ from lora_jax.kernels.rms_norm import rms_norm
 __all__ = ["Embedding", "Linear", "RMSNorm", "value"]
 
 
-def value(variable: nnx.Variable | None):
+def value(variable: nnx.Variable | None) -> Any:
     """The array (or NF4Weight) of a variable, or None."""
     return None if variable is None else variable.get_value()
 

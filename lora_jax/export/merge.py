@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax.hf_checkpoint import Checkpoint
 from lora_jax.kernels.nf4 import NF4Weight, dequantize
 from lora_jax.models.decoder import Slot
-from lora_jax.models.linear import Linear, value
+from lora_jax.models.linear import Embedding, Linear, value
 
 if TYPE_CHECKING:
     from lora_jax.model import CausalLM
@@ -70,8 +70,9 @@ def _read(name: str, slot: Slot, checkpoint: Checkpoint | None) -> np.ndarray:
         stored = stored if slot.index is None else jax.tree.map(lambda x: x[slot.index], stored)
         wide = dequantize(stored, jnp.float32) if isinstance(stored, NF4Weight) else stored
         weight = np.asarray(wide, np.float32)
-    if slot.attribute != "weight" or getattr(owner, "lora_a", None) is None:
+    if slot.attribute != "weight" or not isinstance(owner, Linear | Embedding) or owner.lora_a is None:
         return weight
-    a, b = (np.asarray(x if slot.index is None else x[slot.index]) for x in (value(owner.lora_a), value(owner.lora_b)))
+    factors = (value(owner.lora_a), value(owner.lora_b))
+    a, b = (np.asarray(x if slot.index is None else x[slot.index]) for x in factors)
     product = np.float32(owner.scale) * (a @ b)
     return weight + (product.T if isinstance(owner, Linear) else product)

@@ -194,7 +194,8 @@ def test_a_changed_chat_template_is_written(tmp_path):
         ({"tokenizer_config.json": "{}", "chat_template.json": '{"chat_template": "c"}'}, "c"),
         (
             {
-                "tokenizer_config.json": '{"chat_template": [{"name": "t", "template": "x"}, {"name": "default", "template": "d"}]}'
+                "tokenizer_config.json": '{"chat_template": [{"name": "t", "template": "x"}, '
+                '{"name": "default", "template": "d"}]}'
             },
             "d",
         ),

@@ -38,12 +38,8 @@ def test_defaults_are_transformers():
     assert config.rope.theta == 10000.0
     assert not (config.tie_embeddings or config.qkv_bias or config.out_bias or config.mlp_bias)
     assert read(num_key_value_heads=None, head_dim=None) == read(num_key_value_heads=4)
-    mistral = read(**MISTRAL, **dict.fromkeys(absent, ...))
-    assert (mistral.num_kv_heads, mistral.max_position, mistral.windows) == (
-        8 if False else mistral.num_kv_heads,
-        131072,
-        (4096,) * 2,
-    )
+    mistral = read(**MISTRAL, num_attention_heads=16, **dict.fromkeys(absent, ...))
+    assert (mistral.num_kv_heads, mistral.max_position, mistral.windows) == (8, 131072, (4096,) * 2)
 
 
 LLAMA3 = {
