@@ -7,6 +7,8 @@ from lora_jax.kernels.dispatch import default_platform
 
 __all__ = ["attention", "why_not"]
 
+_MULTIPLE = 64
+
 
 def why_not(q: jax.Array, k: jax.Array, *, plain: bool, softcap: float | None) -> str | None:
     """The reason why cuDNN cannot do this call, or None if it can."""
@@ -27,8 +29,12 @@ def why_not(q: jax.Array, k: jax.Array, *, plain: bool, softcap: float | None) -
 
 def attention(q, k, v, *, window: int | None, scale: float):
     """See `flash_attention`."""
+    # cuDNN's backward pass refuses some odd lengths. Keys after the end are seen by no real query.
+    length = q.shape[1]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -length % _MULTIPLE), (0, 0), (0, 0))) for x in (q, k, v))
     # jax.nn counts the keys to the left of the query, flash_attention counts the query itself too.
     local = None if window is None else (window - 1, 0)
-    return jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q, k, v, is_causal=True, scale=scale, local_window_size=local, implementation="cudnn"
     )
+    return out[:, :length]
