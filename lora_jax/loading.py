@@ -1,6 +1,5 @@
 """Loads a Hugging Face checkpoint into a model, tensor by tensor, quantised on the way to the device."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from lora_jax.kernels.nf4 import NF4Weight, dequantize, quantize
 from lora_jax.kernels.nf4.format import CODE
 from lora_jax.model import CausalLM
 from lora_jax.models.decoder import Decoder
-from lora_jax.models.linear import Linear
+from lora_jax.models.linear import Linear, set_layer
 from lora_jax.models.registry import config_from_hf
+from lora_jax.reporting import console
 
 __all__ = ["from_pretrained", "load_decoder", "load_tokenizer"]
 
@@ -142,7 +142,7 @@ def load_decoder(
         else:
             if isinstance(jax.tree.leaves(like)[0], jax.ShapeDtypeStruct):
                 like = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
-            slot.variable.set_value(_write(like, new, slot.index))
+            slot.variable.set_value(set_layer(like, new, slot.index))
         # JAX works ahead of the device: without waiting, many tensors would be in memory at once.
         jax.block_until_ready(slot.variable.get_value())
     return model
@@ -238,13 +238,7 @@ def _read_nf4(checkpoint: Checkpoint, name: str, state: QuantState) -> NF4Weight
 _quantize = jax.jit(quantize, static_argnums=1)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(stack, new, index):
-    """Puts one layer's tensor into the stack, in place."""
-    return jax.tree.map(lambda s, n: s.at[index].set(n.astype(s.dtype)), stack, new)
-
-
 def _track(names: list[str], show: bool):
     from rich.progress import track
 
-    return track(names, "Loading weights", disable=not show)
+    return track(names, "Loading weights", disable=not show, console=console)

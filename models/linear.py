@@ -8,6 +8,7 @@ Variables of type `nnx.LoRAParam` are trained, variables of type `nnx.Param` are
 variable later start as `nnx.data(None)`: NNX takes a plain None for a constant that never becomes one.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -19,12 +20,24 @@ from lora_jax.kernels.loss import Head
 from lora_jax.kernels.nf4 import lora_matmul
 from lora_jax.kernels.rms_norm import rms_norm
 
-__all__ = ["Embedding", "Linear", "RMSNorm", "value"]
+__all__ = ["Embedding", "Linear", "RMSNorm", "layer_of", "set_layer", "value"]
 
 
 def value(variable: nnx.Variable | None) -> Any:
     """The array (or NF4Weight) of a variable, or None."""
     return None if variable is None else variable.get_value()
+
+
+@jax.jit
+def layer_of(stack, index):
+    """Entry `index` of a stack of arrays or NF4Weights; compiled once a shape, unlike `stack[3]` and `stack[4]`."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def set_layer(stack, new, index):
+    """The stack with entry `index` replaced, in place: the stack that was passed is gone."""
+    return jax.tree.map(lambda leaf, n: leaf.at[index].set(n.astype(leaf.dtype)), stack, new)
 
 
 def _empty(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:

@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax.hf_checkpoint import Checkpoint
 from lora_jax.kernels.nf4 import NF4Weight, dequantize
 from lora_jax.models.decoder import Slot
-from lora_jax.models.linear import Embedding, Linear, value
+from lora_jax.models.linear import Embedding, Linear, layer_of, value
 
 if TYPE_CHECKING:
     from lora_jax.model import CausalLM
@@ -66,13 +66,18 @@ def _read(name: str, slot: Slot, checkpoint: Checkpoint | None) -> np.ndarray:
     if checkpoint is not None:
         weight = checkpoint.read(name).astype(np.float32)
     else:
-        stored = value(slot.variable)
-        stored = stored if slot.index is None else jax.tree.map(lambda x: x[slot.index], stored)
-        wide = dequantize(stored, jnp.float32) if isinstance(stored, NF4Weight) else stored
-        weight = np.asarray(wide, np.float32)
+        weight = _dense(value(slot.variable), slot.index)
     if slot.attribute != "weight" or not isinstance(owner, Linear | Embedding) or owner.lora_a is None:
         return weight
-    factors = (value(owner.lora_a), value(owner.lora_b))
-    a, b = (np.asarray(x if slot.index is None else x[slot.index]) for x in factors)
+    a, b = _dense(value(owner.lora_a), slot.index), _dense(value(owner.lora_b), slot.index)
     product = np.float32(owner.scale) * (a @ b)
     return weight + (product.T if isinstance(owner, Linear) else product)
+
+
+def _dense(stored: jax.Array | NF4Weight, index: int | None) -> np.ndarray:
+    """A weight, or one layer of a stack of them, as float32 on the host."""
+    one = stored if index is None else layer_of(stored, index)
+    return np.asarray(_dequantize(one, jnp.float32) if isinstance(one, NF4Weight) else one, np.float32)
+
+
+_dequantize = jax.jit(dequantize, static_argnums=1)

@@ -12,7 +12,7 @@ import numpy as np
 from lora_jax.export.aside import folder_aside
 from lora_jax.export.safetensors_writer import write_file
 from lora_jax.hf_checkpoint import read_json
-from lora_jax.models.linear import Embedding, value
+from lora_jax.models.linear import Embedding, layer_of, set_layer, value
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -53,12 +53,12 @@ class _Part:
     @property
     def array(self):
         whole = value(getattr(self.owner, self.attribute))
-        return whole if self.index is None else whole[self.index]
+        return whole if self.index is None else layer_of(whole, self.index)
 
     def write(self, tensor: np.ndarray) -> None:
         variable = getattr(self.owner, self.attribute)
         new = jnp.asarray(tensor.T if self.transposed else tensor, jnp.float32)
-        variable.set_value(new if self.index is None else value(variable).at[self.index].set(new))
+        variable.set_value(new if self.index is None else set_layer(value(variable), new, self.index))
 
 
 def adapter_tensors(model: "CausalLM") -> dict[str, np.ndarray]:
