@@ -35,7 +35,7 @@ class Settings:
 
     model: Path | None = None  # folder of a model with a chat template; None for SmolLM2-135M-Instruct
     out: Path | None = None  # a new folder; None for the next free outputs/demo-N
-    rows: int = 360  # training rows
+    rows: int = 540  # training rows
     test_rows: int = 40  # rows of each of the two test sets
     epochs: float = 2.0  # passes over the training rows
     learning_rate: float = 2e-3  # peak, falling linearly to 0
