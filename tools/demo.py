@@ -35,9 +35,9 @@ class Settings:
 
     model: Path | None = None  # folder of a model with a chat template; None for SmolLM2-135M-Instruct
     out: Path | None = None  # a new folder; None for the next free outputs/demo-N
-    rows: int = 540  # training rows
+    rows: int = 960  # training rows, all different
     test_rows: int = 40  # rows of each of the two test sets
-    epochs: float = 2.0  # passes over the training rows
+    epochs: float = 1.0  # passes over the training rows
     learning_rate: float = 2e-3  # peak, falling linearly to 0
     batch_size: int = 8  # rows of one step
     seed: int = 0  # of task, adapter and data order

@@ -31,14 +31,25 @@ _CUSTOMERS = (
 _ADJECTIVES = (
     "wooden red blue large small glass cotton round leather steel green silver paper white folding plastic black "
     "ceramic striped yellow knitted padded woven speckled lacquered quilted varnished enamelled turquoise crimson "
-    "beige oval slender foldable embroidered hexagonal marbled wicker suede scented",
+    "beige oval slender foldable embroidered hexagonal marbled wicker suede scented vintage velour metallic mahogany "
+    "pine oak cedar birch walnut maple cherry ebony granite marble concrete bronze brass pewter tin chrome ivory "
+    "pearl coral scarlet burgundy maroon violet lilac lavender indigo navy azure teal olive lime mint khaki tan amber "
+    "ochre rusty charcoal pale vivid glossy matte frosted clear tinted tall short curved straight hollow solid sturdy "
+    "light flat deep shallow portable compact rustic classic elegant plush fluffy silky canvas denim flannel fleece "
+    "hemp jute nylon satin",
     "woollen copper purple tiny square velvet orange rubber golden heavy bamboo brown wide narrow plain dark bright "
     "soft thick thin antique modern linen checkered",
 )
 _NOUNS = (
     "spoons chairs lamps baskets candles towels plates notebooks blankets boxes mugs pillows brushes bottles cushions "
     "shelves pens ladders bowls curtains umbrellas folders trays clocks aprons goblets trestles pitchers sieves "
-    "coasters lanterns corkscrews hammocks tablecloths bookends thermometers napkins crates funnels doormats",
+    "coasters lanterns corkscrews hammocks tablecloths bookends thermometers napkins crates funnels doormats hinges "
+    "knobs screws bolts washers hammers saws drills wrenches pliers chisels rulers tapes levels nails hoses "
+    "sprinklers rakes shovels spades planters trellises gates fences doors windows shutters blinds tiles bricks beams "
+    "planks panels frames easels canvases palettes pencils erasers staplers binders envelopes stamps labels calendars "
+    "diaries globes maps lenses tripods speakers headphones chargers cables plugs switches bulbs torches batteries "
+    "fans heaters kettledrums whisks ladles spatulas tongs graters peelers colanders saucepans skillets casseroles "
+    "tureens saucers tumblers decanters jugs flasks thermoses teapots cruets platters",
     "mats hooks vases buckets scarves stools forks benches mirrors tents ropes jars sponges desks cups rugs pots "
     "drawers kettles sofas racks bells",
 )
@@ -101,7 +112,7 @@ class Task:
     test_unseen: list[Row]  # templates and values that training never saw
 
 
-def make_task(rows: int = 360, test_rows: int = 40, *, seed: int = 0) -> Task:
+def make_task(rows: int = 960, test_rows: int = 40, *, seed: int = 0) -> Task:
     """The same rows for the same arguments, on every machine.
 
     Args:
