@@ -85,7 +85,7 @@ def get_peft_model(
 ) -> CausalLM:
     """Adds LoRA adapters to a model, in place, and returns it.
 
-    A starts uniform in +-1 / sqrt(K), B at zero (PEFT's default), so the model is unchanged until it is trained.
+    A starts uniform in +-1 / sqrt(K), B at zero (PEFT's default for linear layers), so the model is unchanged until it is trained.
 
     Args:
       model: from `from_pretrained`.
@@ -201,6 +201,8 @@ def _target_names(decoder: Decoder, config: LoraConfig) -> set[str]:
     if twice := trained & set(config.modules_to_save):
         raise ValueError(f"{sorted(twice)}: either target_modules or modules_to_save, not both")
     _refuse_tied(decoder, trained | set(config.modules_to_save))
+    if config.lora_dropout and "lm_head" in trained:
+        raise ValueError("lora_dropout on lm_head is not implemented; leave lm_head out, or train without dropout")
     return chosen
 
 

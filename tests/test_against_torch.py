@@ -316,6 +316,7 @@ def test_nf4_equals_bitsandbytes(smollm2, oracle, tmp_path):
             assert (steps > 0).sum() <= max(1, 0.005 * steps.size), name
 
 
+@pytest.mark.rotate
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
 @pytest.mark.parametrize("kind", ["llama", "llama-h96", "smollm2"])
 def test_bitsandbytes_checkpoints_load_without_requantising(kind, double, smollm2, oracle, tmp_path):

@@ -326,3 +326,8 @@ def test_dropout_follows_the_seed_in_training_and_is_off_in_evaluation(folder):
     assert float(evaluated["loss_sum"]) == float(want["loss_sum"])
     assert int(evaluated["num_label_tokens"]) == 30
     assert all(abs(value - float(want["loss_sum"]) / 30) > 1e-4 for value in losses)
+
+
+def test_dropout_on_the_head_is_refused(folder):
+    with pytest.raises(ValueError, match="lora_dropout on lm_head is not implemented"):
+        get_peft_model(tiny.open_model(folder), target_modules=["lm_head"], lora_dropout=0.1, verbose=False)

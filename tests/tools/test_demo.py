@@ -51,7 +51,7 @@ def test_templates() -> None:
 def test_the_answer_follows_from_the_sentence() -> None:
     task = make_task(200, 50, seed=3)
     for row in task.train + task.test_seen + task.test_unseen:
-        found = re.search(r"(\d+)(?::(\d\d))? ([ap])m", row.text)
+        found = re.search(r"\b(\d+)(?::(\d\d))? ([ap])m\b", row.text)
         assert found
         hour, minute, half = int(found[1]) % 12, int(found[2] or 0), found[3]
         assert row.answer["time"] == f"{hour + 12 * (half == 'p'):02d}:{minute:02d}"
