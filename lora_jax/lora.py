@@ -85,7 +85,8 @@ def get_peft_model(
 ) -> CausalLM:
     """Adds LoRA adapters to a model, in place, and returns it.
 
-    A starts uniform in +-1 / sqrt(K), B at zero (PEFT's default for linear layers), so the model is unchanged until it is trained.
+    A starts uniform in +-1 / sqrt(K), B at zero (PEFT's default for linear layers), so the model is unchanged until it
+    is trained.
 
     Args:
       model: from `from_pretrained`.
