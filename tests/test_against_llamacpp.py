@@ -63,7 +63,7 @@ def test_the_merged_adapter_in_llamacpp(adapted, files, smollm2):
     ours = log_probs(model, ids)
     base, _ = lora_jax.from_pretrained(smollm2, load_in_4bit=False, dtype="float32", progress=False)
     assert np.abs(ours - log_probs(base, ids)).max() > 0.1  # the adapter matters
-    limits = {"F32": 5e-4, "BF16": 0.5, "Q8_0": 2.0}  # largest log-probability difference over 49,152 tokens
+    limits = {"F32": 5e-4, "BF16": 0.3, "Q8_0": 1.0}  # largest log-probability difference over 49,152 tokens
     for path, (name, limit) in zip(files, limits.items(), strict=True):
         assert name in path.name
         with LlamaCpp(path, model.config.vocab_size) as server:
