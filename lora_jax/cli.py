@@ -356,14 +356,15 @@ def generate(
 
 
 def _prompt_ids(tokenizer: Any, text: str, chat: bool, system: str | None) -> list[int]:
+    from lora_jax.generation import prompt_ids
+
     if not chat:
-        return tokenizer(text)["input_ids"]
+        return prompt_ids(tokenizer, text)
     if not tokenizer.chat_template:
         raise UsageError("generate: the tokenizer has no chat template; leave out --chat to continue plain text")
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    return prompt_ids(tokenizer, messages)
 
 
 # ---- export -------------------------------------------------------------------------------------------------------

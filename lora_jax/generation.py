@@ -12,7 +12,7 @@ from flax import nnx
 if TYPE_CHECKING:
     from lora_jax.model import CausalLM
 
-__all__ = ["Streamer", "generate", "generate_text", "logits", "stop_ids"]
+__all__ = ["Streamer", "generate", "generate_text", "logits", "prompt_ids", "stop_ids"]
 
 # Prompts and caches are padded to a multiple of this, so that few shapes are compiled; on the left, and masked.
 _MULTIPLE = 64
@@ -147,19 +147,21 @@ def generate_text(
       batch_size: prompts that run at once.
       options: of `generate`.
     """
-    rows = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            rows.append(tokenizer(prompt)["input_ids"])
-        else:
-            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-            rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     answers = []
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
         out = generate(model, batch, **options)
         answers += tokenizer.batch_decode(out[:, max(map(len, batch)) :], skip_special_tokens=True)
     return answers
+
+
+def prompt_ids(tokenizer, prompt: str | list[dict[str, Any]]) -> list[int]:
+    """Token ids of a text, or of a conversation in the chat template, which holds the special tokens itself."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def stop_ids(model: "CausalLM") -> list[int]:

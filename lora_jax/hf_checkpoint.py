@@ -166,15 +166,14 @@ class Checkpoint:
         Raises:
           ValueError: it is quantised in a way that is not NF4 with blocks of 64.
         """
-        keys = [key for key in self._states if key.startswith(f"{name}.quant_state.")]
-        if not keys:
+        if (key := self._states.get(name)) is None:
             return None
         try:
-            state = json.loads(self.read(keys[0]).tobytes())
+            state = json.loads(self.read(key).tobytes())
             kind, shape = state["quant_type"], tuple(state["shape"])
             blocks = (state["blocksize"], state.get("nested_blocksize", 256))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder}: {keys[0]} is damaged ({error!r}); download it again") from None
+            raise ValueError(f"{self.folder}: {key} is damaged ({error!r}); download it again") from None
         if kind != "nf4" or blocks != (64, 256):
             raise ValueError(
                 f"{self.folder}: {name} is quantised as {kind} with blocks of {blocks[0]} (nested {blocks[1]}); "
@@ -183,8 +182,9 @@ class Checkpoint:
         return QuantState(shape, state.get("nested_offset"))
 
     @functools.cached_property
-    def _states(self) -> list[str]:
-        return [name for name in self._where if ".quant_state." in name]
+    def _states(self) -> dict[str, str]:
+        """Name of the quantisation state by that of its weight."""
+        return {name.partition(".quant_state.")[0]: name for name in self._where if ".quant_state." in name}
 
     def check_names(self, wanted: dict[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
         """Checks that the checkpoint holds exactly the wanted tensors in the wanted shapes.
@@ -200,7 +200,7 @@ class Checkpoint:
         parts = {name + part for name, state in states.items() if state for part in state.parts}
         if missing := (set(wanted) | parts) - set(self._where):
             raise ValueError(f"{self.folder} lacks tensors that config.json implies: {_some(missing)}")
-        known = set(wanted) | parts | set(self._states)
+        known = set(wanted) | parts | set(self._states.values())
         unknown = {name for name in set(self._where) - known if not name.endswith(tuple(ignored))}
         if unknown:
             raise ValueError(f"{self.folder} holds tensors that this architecture does not have: {_some(unknown)}")

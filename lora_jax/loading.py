@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from lora_jax.guards import is_out_of_memory
 from lora_jax.hf_checkpoint import Checkpoint, QuantState, read_json, resolve_folder
 from lora_jax.kernels.nf4 import NF4Weight, dequantize, quantize
 from lora_jax.kernels.nf4.format import CODE
@@ -85,7 +86,7 @@ def from_pretrained(
     try:
         module = load_decoder(checkpoint, hf_config, nf4=nf4 or None, dtype=model_dtype, progress=progress)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         hint = "" if load_in_4bit else " load_in_4bit=True needs about a quarter of the memory."
         raise MemoryError(f"the weights of {folder} do not fit on {jax.devices()[0]}.{hint} ({error})") from error

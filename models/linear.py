@@ -50,9 +50,7 @@ class Linear(nnx.Module):
     def __init__(self, k: int, n: int, *, lead: tuple[int, ...], dtype: DTypeLike, bias: bool = False):
         self.weight = _empty((*lead, n, k), dtype)
         self.bias: nnx.Param | None = _empty((*lead, n), dtype) if bias else None
-        self.trained: nnx.LoRAParam | None = nnx.data(
-            None
-        )  # a copy of the weight that is trained (only lm_head has one)
+        self.trained: nnx.LoRAParam | None = nnx.data(None)  # [N, K], a trained copy (only lm_head has one)
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)  # [K, R]
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)  # [R, N]
         self.lora_magnitude: nnx.LoRAParam | None = nnx.data(None)  # [N], DoRA's column norms

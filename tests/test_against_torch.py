@@ -15,11 +15,11 @@ import lora_jax
 import lora_jax.export.peft
 import lora_jax.lora
 from lora_jax.export.merge import merged_tensors
-from lora_jax.hf_checkpoint import Checkpoint, read_json
+from lora_jax.hf_checkpoint import Checkpoint
 from lora_jax.kernels.nf4 import NF4Weight, dequantize, quantize
 from lora_jax.kernels.nf4.format import CODE, dequantize_absmax, nested_code
-from lora_jax.loading import load_decoder
 from lora_jax.model import CausalLM
+from tests import tiny
 
 pytestmark = pytest.mark.oracle
 
@@ -45,13 +45,6 @@ PROMPTS = [
 ]
 
 
-def open_model(folder: Path, nf4: str | None = None, dtype=jnp.float32) -> CausalLM:
-    """A model without its tokenizer, which tiny folders do not have."""
-    hf_config = read_json(folder / "config.json")
-    module = load_decoder(Checkpoint(folder), hf_config, nf4=nf4, dtype=dtype, progress=False)
-    return CausalLM(module, hf_config=hf_config, source=folder)
-
-
 @pytest.fixture(scope="module", params=["transformers 5", "hub"])
 def tiny_models(request, tmp_path_factory, oracle) -> tuple[Path, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(folder of all tiny models, inputs, transformers' logits), with config.json in one of its two forms."""
@@ -71,7 +64,7 @@ def tiny_models(request, tmp_path_factory, oracle) -> tuple[Path, dict[str, np.n
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiny_models_equal_transformers(tiny_models, kind):
     folder, inputs, want = tiny_models
-    model = open_model(folder / kind)
+    model = tiny.open_model(folder / kind)
     # Logits spread by 2; float32 through two or three layers of width 64 leaves some 1e-6.
     for name in ("prompt_0", "prompt_1"):
         got = np.asarray(model.logits(inputs[name][None]))[0]
@@ -335,14 +328,14 @@ def test_bitsandbytes_checkpoints_load_without_requantising(kind, double, smollm
         source = tmp_path / "source"
         oracle("tiny_models.py", source, kind)
     oracle("bnb_checkpoint.py", source, tmp_path / "bnb", *(["--double"] if double else []))
-    model = open_model(tmp_path / "bnb", nf4="nf4-double")
+    model = tiny.open_model(tmp_path / "bnb", nf4="nf4-double")
     want = load_file(tmp_path / "bnb" / "DEQUANT.safetensors")
     weight = model.module.layers[0].mlp.up_proj.weight.get_value()
     assert isinstance(weight, NF4Weight)
     assert weight.double_quantized == double
     for name, tensor in merged_tensors(model).items():
         np.testing.assert_array_equal(tensor.read().astype(want[name].dtype), want[name], err_msg=name)
-    plain = open_model(tmp_path / "bnb", nf4=None, dtype=jnp.bfloat16)
+    plain = tiny.open_model(tmp_path / "bnb", nf4=None, dtype=jnp.bfloat16)
     assert not isinstance(plain.module.layers[0].mlp.up_proj.weight.get_value(), NF4Weight)
     for name, tensor in merged_tensors(plain).items():
         np.testing.assert_array_equal(tensor.read(), want[name].astype(np.float32), err_msg=name)

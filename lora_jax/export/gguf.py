@@ -278,9 +278,8 @@ def _bound(x: np.ndarray, type: GgmlType) -> np.ndarray | float:
         return 0.0
     if type in (GgmlType.F16, GgmlType.BF16):
         bits, smallest = (11, -25) if type == GgmlType.F16 else (8, -134)
-        exponent = np.frexp(x)[
-            1
-        ]  # |x| in [2^(e-1), 2^e): half a unit in the last of `bits` binary digits is 2^(e-1-bits)
+        # |x| is in [2^(e-1), 2^e): half a unit in the last of `bits` binary digits is 2^(e-1-bits).
+        exponent = np.frexp(x)[1]
         return np.ldexp(np.float32(1), np.maximum(exponent - 1 - bits, smallest))
     blocks = x.reshape(-1, 32)
     scale = np.abs(blocks).max(axis=1, keepdims=True) / 127

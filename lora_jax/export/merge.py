@@ -1,6 +1,7 @@
 """Base and adapter as one weight, tensor by tensor: W + scale (A B)^T in float32."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -51,11 +52,10 @@ def merged_tensors(model: "CausalLM", merge_base: str = "dequantized") -> dict[s
             "load the 16-bit model and put the adapter on it"
         )
 
-    def tensor(name: str, slot: Slot) -> MergedTensor:
-        return MergedTensor(slot.shape, lambda: _read(name, slot, checkpoint))
-
-    # Layer by layer, as checkpoints have it, so that a reader of the file finds one layer's tensors together.
-    return {name: tensor(name, slot) for name, slot in model.module.slots().items()}
+    return {
+        name: MergedTensor(slot.shape, functools.partial(_read, name, slot, checkpoint))
+        for name, slot in model.module.slots().items()
+    }
 
 
 def _read(name: str, slot: Slot, checkpoint: Checkpoint | None) -> np.ndarray:

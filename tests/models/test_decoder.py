@@ -164,6 +164,7 @@ def test_remat_changes_neither_loss_nor_gradients(adapted):
         assert float(got_loss) == pytest.approx(float(want_loss), rel=1e-6)
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert np.abs(x - y).max() <= 1e-5 * np.abs(y).max()
+            assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
             assert np.abs(y).max() > 1e-3
 
 
