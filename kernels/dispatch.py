@@ -5,13 +5,18 @@ from typing import NoReturn
 
 import jax
 
-__all__ = ["default_platform", "resolve", "unsupported"]
+__all__ = ["default_platform", "interpret", "resolve", "unsupported"]
 
 
 @functools.cache
 def default_platform() -> str:
     """Platform of the devices that jitted functions run on: "cpu" or "gpu". Starts the JAX backend."""
     return jax.default_backend()
+
+
+def interpret() -> bool:
+    """Whether Pallas kernels run in interpret mode: slow, on any device, for tests. True without a GPU."""
+    return default_platform() != "gpu"
 
 
 def resolve(op: str, implementation: str | None, supported: dict[str, str | None], preference: tuple[str, ...]) -> str:

@@ -1,0 +1,64 @@
+"""Device time of a function: kernels alone (CUPTI), or many calls inside one compiled program.
+
+Working sets rotate, so that weights come from device memory and not from the L2 cache; every call waits for the one
+before, so that XLA neither merges calls nor runs them beside each other.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+__all__ = ["kernel_times", "time_us"]
+
+
+def _program(fn: Callable, sets: Sequence[tuple]) -> Any:
+    """Calls fn on every set in turn; returns the last result."""
+    result = None
+    for args in sets:
+        if result is not None:  # the next call starts when this one has ended
+            args, result = jax.lax.optimization_barrier((args, result))
+        result = fn(*args)
+    return result
+
+
+def time_us(fn: Callable, sets: Sequence[tuple], *, repeats: int = 10, calls: int | None = None) -> float:
+    """Median microseconds of one call of fn, over `repeats` runs of a program of `calls` calls.
+
+    Args:
+      fn: any JAX function.
+      sets: argument tuples, used in turn; together 200 MB or more if they shall not stay in the L2 cache.
+      repeats: timed runs, after two warm ones.
+      calls: calls in one program; None for one a set. More calls hide the launch of the program (about 50 us).
+    """
+    calls = calls or len(sets)
+    chosen = [sets[i % len(sets)] for i in range(calls)]
+    program = jax.jit(lambda chosen: _program(fn, chosen))
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        jax.block_until_ready(program(chosen))
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times[2:]) / calls
+
+
+def kernel_times(fn: Callable, sets: Sequence[tuple], *, repeats: int = 5) -> list[tuple[str, float]]:
+    """(name, microseconds) of every kernel that one call launches, averaged over the sets and `repeats` runs.
+
+    Needs CUPTI, so no other profiler may be attached. The sum leaves out the gaps between kernels.
+    """
+    from jax.experimental.mosaic.gpu import profiler
+
+    run = _chain(fn, sets)
+    jax.block_until_ready(run())
+    _, runs = profiler.measure(jax.jit(lambda sets: _program(fn, sets)), aggregate=False, iterations=repeats)(
+        list(sets)
+    )
+    totals: dict[str, float] = {}
+    for one in runs if isinstance(runs[0], list) else [runs]:
+        for name, milliseconds in one:
+            totals[name] = totals.get(name, 0.0) + 1e3 * milliseconds
+    count = repeats * len(sets)
+    return sorted(((name, total / count) for name, total in totals.items()), key=lambda item: -item[1])
