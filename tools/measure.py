@@ -51,11 +51,8 @@ def kernel_times(fn: Callable, sets: Sequence[tuple], *, repeats: int = 5) -> li
     """
     from jax.experimental.mosaic.gpu import profiler
 
-    run = _chain(fn, sets)
-    jax.block_until_ready(run())
-    _, runs = profiler.measure(jax.jit(lambda sets: _program(fn, sets)), aggregate=False, iterations=repeats)(
-        list(sets)
-    )
+    program = jax.jit(lambda sets: _program(fn, sets))
+    _, runs = profiler.measure(program, aggregate=False, iterations=repeats)(list(sets))
     totals: dict[str, float] = {}
     for one in runs if isinstance(runs[0], list) else [runs]:
         for name, milliseconds in one:
