@@ -1,0 +1,354 @@
+"""Speed of the kernels at the shapes of an 8B model, beside XLA, cuBLAS, cuDNN, and torch's peers where importable.
+
+    python -m lora_jax.tools.bench_kernels --out results.json
+    python -m lora_jax.tools.bench_kernels --only attention loss
+
+Every group of ops runs in a process of its own on random bfloat16 data. A time is the device time of one call: the sum
+of its kernels, from CUPTI, the median over runs, with working sets that rotate so that weights come from device memory.
+Speed depends on the card: compare the numbers of one run only. bitsandbytes, Unsloth and torch are measured by
+`bench_kernels_torch`, in processes of their own, if they can be imported.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+D, F, V = 4096, 14336, 128256  # Llama-3.1-8B
+
+
+def main() -> None:
+    """Runs every group in its own process, prints a table and writes one JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--peers", nargs="*", choices=["torch", "unsloth"], default=["torch", "unsloth"])
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one group")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--group", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.group:
+        run_group(args.group)
+        return
+    jobs = [(group, [sys.executable, "-m", "lora_jax.tools.bench_kernels", "--group", group]) for group in args.only]
+    jobs += [
+        (peer, [sys.executable, "-m", "lora_jax.tools.bench_kernels_torch", peer, *args.only]) for peer in args.peers
+    ]
+    rows: list[Row] = []
+    environment: dict[str, str] = {}
+    for name, command in jobs:
+        for kind, data in _run(name, command, args.timeout):
+            environment.update(data) if kind == "ENVIRONMENT" else rows.append(data)
+    print(table(rows))
+    if args.out:
+        aside = args.out.with_suffix(".tmp")
+        aside.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+        aside.replace(args.out)
+
+
+def _run(name: str, command: list[str], timeout: float) -> Iterator[tuple[str, Any]]:
+    """(kind, data) of every line that a benchmark process prints as `KIND json`; other lines go to stderr."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout)
+        output, end = done.stdout, f"ended with status {done.returncode}" if done.returncode else None
+    except subprocess.TimeoutExpired as error:
+        output, end = (error.stdout or b"").decode(), f"was stopped after {timeout:.0f} s"
+    for line in output.splitlines():
+        kind, _, data = line.partition(" ")
+        if kind in ("ROW", "ENVIRONMENT"):
+            yield kind, json.loads(data)
+        else:
+            print(line, file=sys.stderr)
+    if end:
+        print(f"{name}: {end}", file=sys.stderr)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text, one op and case after another, the fastest implementation first."""
+    lines = []
+    order = list(dict.fromkeys((row["op"], row["case"]) for row in rows))
+    for key in order:
+        lines.append(f"{key[0]}, {key[1]}")
+        for row in sorted((r for r in rows if (r["op"], r["case"]) == key), key=lambda r: r.get("us", float("inf"))):
+            if "why" in row:
+                lines.append(f"    {row['implementation']:34} {row['why']}")
+                continue
+            rate = (
+                f"{row['tflops']:8.0f} TFLOP/s"
+                if "tflops" in row
+                else f"{row['gbps']:8.0f} GB/s"
+                if "gbps" in row
+                else ""
+            )
+            lines.append(f"    {row['implementation']:34}{row['us']:11.1f} us {rate}")
+    return "\n".join(lines)
+
+
+def run_group(name: str) -> None:
+    """Runs one group in this process, printing one line a row."""
+    import jax
+    import jaxlib
+
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    environment = {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "commit": git.stdout.strip() or "unknown",
+    }
+    print("ENVIRONMENT " + json.dumps(environment))
+    GROUPS[name]()
+
+
+def report(op: str, case: str, implementation: str, fn: Callable, sets: list[tuple], *, flops=0, bytes=0) -> None:
+    """Times fn and prints a row; an implementation that refuses or fails is a row with the reason."""
+    from lora_jax.tools.measure import kernel_times
+
+    row: Row = {"op": op, "case": case, "implementation": implementation}
+    try:
+        us = sum(us for _, us in kernel_times(fn, sets))
+    except Exception as error:  # a benchmark goes on; the reason is in its result
+        print("ROW " + json.dumps({**row, "why": f"{type(error).__name__}: {str(error)[:200]}"}), flush=True)
+        return
+    row["us"] = us
+    if flops:
+        row["tflops"] = flops / us / 1e6
+    if bytes:
+        row["gbps"] = bytes / us / 1e3
+    print("ROW " + json.dumps(row), flush=True)
+
+
+def normal(seed: int, shape: tuple[int, ...], scale: float = 1.0, dtype: str = "bfloat16"):
+    """Random normal numbers, [shape], in `dtype`."""
+    import jax
+    import jax.numpy as jnp
+
+    return (scale * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
+
+
+def nf4_weight(seed: int, n: int, k: int):
+    """A random double-quantised NF4 weight [N, K]."""
+    import jax
+
+    from lora_jax.kernels.nf4 import quantize
+
+    return jax.jit(quantize)(normal(seed, (n, k), k**-0.5))
+
+
+def dequantize() -> None:
+    """NF4 to bfloat16."""
+    import jax.numpy as jnp
+
+    from lora_jax.kernels.nf4 import dequantize
+
+    for n, k in ((F, D), (D, F), (D, D), (1024, D)):
+        sets = [(nf4_weight(seed, n, k),) for seed in range(max(4, 8 * F // n if n * k < D * F else 4))]
+        size = n * k * (0.5 + 2 + 1 / 64)
+        report("dequantise NF4", f"{n}x{k}", "xla", lambda w: dequantize(w, jnp.bfloat16), sets, bytes=size)
+        try:
+            from lora_jax.kernels.nf4 import triton  # pyright: ignore[reportAttributeAccessIssue]
+        except ImportError:
+            continue
+        report("dequantise NF4", f"{n}x{k}", "triton", triton.dequantize, sets, bytes=size)
+
+
+def linear() -> None:
+    """x W^T + scale (x A) B, and its gradient with respect to x, at training and decoding row counts."""
+    import jax
+    import jax.numpy as jnp
+
+    from lora_jax.kernels.nf4 import lora_matmul
+
+    names = ("xla", "triton", "triton_inloop", "mosaic", None)
+    for n, k in ((F, D), (D, F)):
+        weights = [nf4_weight(seed, n, k) for seed in range(8)]
+        dense = [normal(seed, (n, k), k**-0.5) for seed in range(2)]
+        a, b = normal(1, (k, 16), 0.02, "float32"), normal(2, (16, n), 0.02, "float32")
+        for m in (1, 16, 64, 128, 512, 1024, 4096, 16384):
+            x, dy = normal(3, (m, k)), normal(4, (m, n))
+            flops, case = 2 * m * n * k, f"M {m}, {k} -> {n}"
+            cublas = lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())))  # noqa: E731
+            report("LoRA linear, forward", case, "cuBLAS, bf16, no LoRA", cublas, [(x, w) for w in dense], flops=flops)
+            for name in names:
+                f = functools.partial(lora_matmul, scale=1.0, implementation=name)
+                label = name or "chosen"
+                report("LoRA linear, forward", case, label, f, [(x, w, a, b) for w in weights], flops=flops)
+            if m < 4096:
+                continue
+            for name in names:
+
+                def dx(x, dy, w, a, b, name=name):
+                    return jax.vjp(lambda x: lora_matmul(x, w, a, b, 1.0, implementation=name), x)[1](dy)[0]
+
+                sets = [(x, dy, w, a, b) for w in weights[:4]]
+                report("LoRA linear, dx", case, name or "chosen", dx, sets, flops=flops)
+    jnp.zeros(())
+
+
+def mlp() -> None:
+    """gate, up, SwiGLU and down with adapters, forward and backward."""
+    import jax
+
+    from lora_jax.kernels.nf4 import lora_matmul
+
+    def weights(seed):
+        shapes = ((F, D), (F, D), (D, F))
+        return [
+            (nf4_weight(10 * seed + i, n, k), normal(i, (k, 16), 0.02, "float32"), normal(i, (16, n), 0.02, "float32"))
+            for i, (n, k) in enumerate(shapes)
+        ]
+
+    def composed(x, layers, name):
+        gate, up, down = layers
+        call = functools.partial(lora_matmul, scale=1.0, implementation=name)
+        return call(jax.nn.silu(call(x, *gate)) * call(x, *up), *down)
+
+    for m in (4096, 16384):
+        x, dy = normal(1, (m, D)), normal(2, (m, D), 0.01)
+        sets = [(x, dy, weights(seed)) for seed in range(2)]
+        for name in ("xla", "triton", None):
+
+            def both(x, dy, layers, name=name):
+                factors = [(a, b) for _, a, b in layers]
+
+                def f(x, factors):
+                    return composed(x, [(w, a, b) for (w, _, _), (a, b) in zip(layers, factors, strict=True)], name)
+
+                out, pull = jax.vjp(f, x, factors)
+                return out, pull(dy)
+
+            report("LoRA MLP, fwd + bwd", f"M {m}", name or "chosen", both, sets, flops=12 * m * D * F)
+
+
+def attention() -> None:
+    """Causal attention of 32 query and 8 key heads: dense, packed, windowed, softcapped, and other head sizes."""
+    import jax
+    import jax.numpy as jnp
+
+    from lora_jax.kernels.attention import flash_attention
+
+    def cases() -> Iterator[tuple[str, int, int, int, dict[str, Any], float]]:
+        yield "2 x 2048", 2, 2048, 128, {}, 0
+        yield "1 x 8192", 1, 8192, 128, {}, 0
+        yield "1 x 32768", 1, 32768, 128, {}, 0
+        yield "8192 as 16 documents of 512", 1, 8192, 128, {"documents": 512}, 8192 * 512 / 2
+        yield "1 x 32768, window 4096", 1, 32768, 128, {"window": 4096}, 32768 * 4096 - 4096 * 4096 / 2
+        yield "1 x 8192, softcap 50", 1, 8192, 128, {"softcap": 50.0}, 0
+        for dim in (64, 80, 96, 192, 256):
+            yield f"1 x 8192, head_dim {dim}", 1, 8192, dim, {}, 0
+
+    for case, batch, length, dim, features, pairs in cases():
+        q, k, v = (normal(i, (batch, length, heads, dim)) for i, heads in enumerate((32, 8, 8)))
+        dout = normal(3, q.shape)
+        start = None
+        if size := features.pop("documents", 0):
+            start = jnp.broadcast_to(jnp.arange(length) // size * size, (batch, length)).astype(jnp.int32)
+        flops = 4 * batch * 32 * (pairs or length * length / 2) * dim
+        for name in ("xla", "cudnn", "triton", "mosaic", None):
+            if name == "xla" and length > 8192:
+                continue
+
+            def forward(q, k, v, name=name, start=start, features=features):
+                return flash_attention(q, k, v, segment_start=start, implementation=name, **features)
+
+            def both(q, k, v, dout, forward=forward):
+                out, pull = jax.vjp(forward, q, k, v)
+                return out, pull(dout)
+
+            label = name or "chosen"
+            report("attention, forward", case, label, forward, [(q, k, v)], flops=flops)
+            report("attention, fwd + bwd", case, label, both, [(q, k, v, dout)], flops=3.5 * flops)
+
+
+def loss() -> None:
+    """lm_head and cross-entropy with a frozen head, forward and backward."""
+    import jax
+
+    from lora_jax.kernels.loss import Head, linear_cross_entropy
+
+    w = normal(1, (V, D), 0.02)
+    for m in (4096, 16384):
+        x = normal(2, (m, D))
+        labels = jax.random.randint(jax.random.key(3), (m,), 0, V)
+
+        def both(x, w, labels):
+            return jax.value_and_grad(lambda x: linear_cross_entropy(x, Head(w), labels)[0])(x)
+
+        report("lm_head + cross-entropy, fwd + bwd", f"T {m}", "chosen", both, [(x, w, labels)], flops=4 * m * D * V)
+
+
+def elementwise() -> None:
+    """RMSNorm, RoPE and SwiGLU, forward and backward, alone (inside a step XLA fuses them with their neighbours)."""
+    import jax
+    import jax.numpy as jnp
+
+    from lora_jax.kernels.rms_norm import rms_norm
+    from lora_jax.kernels.rope import RopeConfig, apply_rope, rope_tables
+
+    def both(f):
+        return lambda dy, *args: jax.vjp(f, *args)[1](dy)
+
+    sets = [(normal(i, (8192, D)), normal(i + 9, (8192, D))) for i in range(4)]
+    weight = normal(1, (D,))
+    f = both(lambda x: rms_norm(x, weight, 1e-5))
+    report("RMSNorm, fwd + bwd", "8192 x 4096", "chosen", f, sets, bytes=5 * 8192 * D * 2)
+    cos, sin = rope_tables(RopeConfig(), 128, jnp.arange(4096)[None])
+    heads = [(normal(i, (1, 4096, 32, 128)), normal(i + 9, (1, 4096, 32, 128))) for i in range(4)]
+    rope = both(lambda x: apply_rope(x, cos, sin))
+    report("RoPE, fwd + bwd", "4096 x 32 x 128", "chosen", rope, heads, bytes=4 * 4096 * D * 2)
+    glu = [tuple(normal(i + 9 * j, (4096, F)) for j in range(3)) for i in range(2)]
+    swiglu = both(lambda gate, up: jax.nn.silu(gate) * up)
+    report("SwiGLU, fwd + bwd", "4096 x 14336", "chosen", swiglu, glu, bytes=8 * 4096 * F * 2)
+
+
+def experts() -> None:
+    """Grouped NF4 matmuls of a Mixtral layer: 8 experts, 2 a token, 4096 tokens, 3 matrices."""
+    import jax
+    import jax.numpy as jnp
+
+    from lora_jax.kernels.grouped import grouped_lora_matmul  # pyright: ignore[reportMissingImports]
+
+    def stack(n, k):
+        layers = [nf4_weight(seed, n, k) for seed in range(8)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+    rows = 8192
+    routed = jax.random.randint(jax.random.key(5), (rows,), 0, 8)
+    sizes = jnp.bincount(routed, length=8).astype(jnp.int32)
+    up, down = stack(F, D), stack(D, F)
+    factors = {
+        (n, k): (normal(1, (8, k, 16), 0.02, "float32"), normal(2, (8, 16, n), 0.02, "float32"))
+        for n, k in ((F, D), (D, F))
+    }
+    x = normal(3, (rows, D))
+    for name in ("xla", "triton", None):
+
+        def layer(x, up, down, factors, name=name):
+            call = functools.partial(grouped_lora_matmul, group_sizes=sizes, scale=1.0, implementation=name)
+            (ua, ub), (da, db) = factors[F, D], factors[D, F]
+            gate = call(x, up, a=ua, b=ub)
+            raised = call(x + 1, up, a=ua, b=ub)
+            return call(gate * raised, down, a=da, b=db)
+
+        def both(x, up, down, factors, layer=layer):
+            out, pull = jax.vjp(lambda x: layer(x, up, down, factors), x)
+            return out, pull(out)
+
+        label, sets, flops = name or "chosen", [(x, up, down, factors)], 6 * rows * D * F
+        report("MoE, 3 grouped matmuls, forward", "8 experts, 8192 rows", label, layer, sets, flops=flops)
+        report("MoE, 3 grouped matmuls, fwd + dx", "8 experts, 8192 rows", label, both, sets, flops=2 * flops)
+
+
+GROUPS: dict[str, Callable[[], None]] = {
+    f.__name__: f for f in (dequantize, linear, mlp, attention, loss, elementwise, experts)
+}
+
+
+if __name__ == "__main__":
+    main()
