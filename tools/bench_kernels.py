@@ -13,6 +13,7 @@ import argparse
 import datetime
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--peers", nargs="*", choices=["torch", "unsloth"], default=["torch", "unsloth"])
+    parser.add_argument("--peers-path", help="folder that stands first on the peers' PYTHONPATH")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one group")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--group", help=argparse.SUPPRESS)
@@ -42,7 +44,8 @@ def main() -> None:
     rows: list[Row] = []
     environment: dict[str, str] = {}
     for name, command in jobs:
-        for kind, data in _run(name, command, args.timeout):
+        path = args.peers_path if name in args.peers else None
+        for kind, data in _run(name, command, args.timeout, path):
             environment.update(data) if kind == "ENVIRONMENT" else rows.append(data)
     print(table(rows))
     if args.out:
@@ -51,10 +54,13 @@ def main() -> None:
         aside.replace(args.out)
 
 
-def _run(name: str, command: list[str], timeout: float) -> Iterator[tuple[str, Any]]:
+def _run(name: str, command: list[str], timeout: float, path: str | None) -> Iterator[tuple[str, Any]]:
     """(kind, data) of every line that a benchmark process prints as `KIND json`; other lines go to stderr."""
+    environment = dict(os.environ)
+    if path:
+        environment["PYTHONPATH"] = os.pathsep.join([path, *filter(None, [environment.get("PYTHONPATH")])])
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=timeout, env=environment)
         output, end = done.stdout, f"ended with status {done.returncode}" if done.returncode else None
     except subprocess.TimeoutExpired as error:
         output, end = (error.stdout or b"").decode(), f"was stopped after {timeout:.0f} s"

@@ -81,7 +81,8 @@ class Torch:
     def dequantize(self) -> None:
         """bitsandbytes' dequantisation."""
         for n, k in ((F, D), (D, F)):
-            fns = [lambda w=self.nf4(n, k): self.functional.dequantize_4bit(*w) for _ in range(4)]
+            weights = [self.nf4(n, k) for _ in range(4)]
+            fns = [lambda w=w: self.functional.dequantize_4bit(*w) for w in weights]
             self.report("dequantise NF4", f"{n}x{k}", "bitsandbytes", fns, bytes=n * k * (0.5 + 2 + 1 / 64))
 
     def linear(self) -> None:
@@ -122,7 +123,8 @@ class Unsloth(Torch):
         """fast_dequantize."""
         kernels = importlib.import_module("unsloth.kernels.utils")
         for n, k in ((F, D), (D, F)):
-            fns = [lambda w=self.nf4(n, k): kernels.fast_dequantize(*w) for _ in range(4)]
+            weights = [self.nf4(n, k) for _ in range(4)]
+            fns = [lambda w=w: kernels.fast_dequantize(*w) for w in weights]
             self.report("dequantise NF4", f"{n}x{k}", "Unsloth", fns, bytes=n * k * (0.5 + 2 + 1 / 64))
 
     def linear(self) -> None:
