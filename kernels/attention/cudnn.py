@@ -1,40 +1,85 @@
-"""cuDNN's fused attention through jax.nn: rows that are neither packed nor left-padded, 16-bit, without softcap."""
+"""cuDNN's fused attention: causal rows, with a window or not, that are neither packed nor left-padded; 16-bit.
+
+`jax.nn.dot_product_attention` keeps its log-sum-exp to itself, so under `jax.checkpoint` backward would run the forward
+kernel again. This file calls the two halves of that function, which are private to JAX, and it alone does so;
+tests/kernels/test_attention.py notices when they change.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.kernels.dispatch import default_platform
 
-__all__ = ["attention", "why_not"]
+__all__ = ["backward", "forward", "why_not"]
 
+# cuDNN's backward pass refuses some odd lengths. Keys after the end are seen by no real query.
 _MULTIPLE = 64
 
 
-def why_not(q: jax.Array, k: jax.Array, *, plain: bool, softcap: float | None) -> str | None:
+def why_not(q, k, v, *, segment_start, query_offset, window, softcap, sinks) -> str | None:
     """The reason why cuDNN cannot do this call, or None if it can."""
+    del window
     if default_platform() != "gpu":
         return f"it needs an NVIDIA GPU, JAX runs on {default_platform()}"
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"q must be bfloat16 or float16, got {q.dtype}"
-    if not plain:
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v must all be bfloat16 or all float16, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if segment_start is not None or not isinstance(query_offset, int) or query_offset != 0:
         return "segment_start and query_offset are not supported"
     if softcap is not None:
         return "softcap is not supported"
+    if sinks is not None:
+        return "sinks are not supported"
     if q.shape[1] != k.shape[1]:
         return f"queries and keys must be of one length, got {q.shape[1]} and {k.shape[1]}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"head_dim must be a multiple of 8 and at most 128, got {q.shape[-1]}"
+    if v.shape[-1] != q.shape[-1]:
+        return f"keys and values must have one head_dim, got {q.shape[-1]} and {v.shape[-1]}"
     return None
 
 
-def attention(q, k, v, *, window: int | None, scale: float):
-    """See `flash_attention`."""
-    # cuDNN's backward pass refuses some odd lengths. Keys after the end are seen by no real query.
+def forward(q, k, v, *, window: int | None, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Output [B, T, N, H] and the log-sum-exp of the scores, float32 [B, N, T]."""
     length = q.shape[1]
-    q, k, v = (jnp.pad(x, ((0, 0), (0, -length % _MULTIPLE), (0, 0), (0, 0))) for x in (q, k, v))
-    # jax.nn counts the keys to the left of the query, flash_attention counts the query itself too.
-    local = None if window is None else (window - 1, 0)
-    out = jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, local_window_size=local, implementation="cudnn"
-    )
-    return out[:, :length]
+    q, k, v = _padded(length, q, k, v)
+    rule, options = _rules()
+    (out, lse), _ = rule[0](*_operands(q, k, v), scale, *options, window, _version(), True)
+    return out[:, :length], lse[:, :, :length]
+
+
+def backward(q, k, v, out, lse, dout, *, window: int | None, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients with respect to q, k and v.
+
+    A padded query is 0, so its scores are 0: with lse 0 and dout 0 it adds nothing to any gradient.
+    """
+    length = q.shape[1]
+    q, k, v, out, dout = _padded(length, q, k, v, out, dout)
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, q.shape[1] - length)))
+    rule, options = _rules()
+    residuals = (*_operands(q, k, v), lse, out)
+    grads = rule[1](scale, *options, window, _version(), False, residuals, dout)
+    return tuple(grad[:, :length] for grad in grads[:3])
+
+
+def _padded(length: int, *arrays: jax.Array) -> list[jax.Array]:
+    return [jnp.pad(x, ((0, 0), (0, -length % _MULTIPLE), (0, 0), (0, 0))) for x in arrays]
+
+
+def _operands(q, k, v) -> tuple[jax.Array, ...]:
+    """q, k, v; then bias, lengths, offsets and page tables, all unused."""
+    return (q, k, v, *(jnp.zeros(0, q.dtype),) * 7)
+
+
+def _rules():
+    """JAX's (forward rule, backward rule) and their static arguments between `scale` and the window."""
+    from jax._src.cudnn import fused_attention_stablehlo as private
+
+    seed, dropout, bias = 42, 0.0, (False, False)
+    options = (seed, dropout, bias, private.MaskType.CAUSAL, private.AttentionLayout.BTNH.value)
+    return (private._dot_product_attention_fwd_rule, private._dot_product_attention_bwd_rule), options
+
+
+def _version() -> int:
+    from jax._src.cudnn import fused_attention_stablehlo as private
+
+    return private.check_cudnn_version()

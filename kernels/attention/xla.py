@@ -12,10 +12,10 @@ __all__ = ["attention"]
 BLOCK_QUERIES = 512
 
 
-def attention(q, k, v, segment_start, query_offset, *, window, softcap, scale):
+def attention(q, k, v, segment_start, query_offset, *, window, softcap, scale, sinks=None):
     """See `flash_attention`; every argument is given."""
-    batch, length, heads, dim = q.shape
-    block = functools.partial(_block, k=k, v=v, window=window, softcap=softcap, scale=scale)
+    batch, length, heads, _ = q.shape
+    block = functools.partial(_block, k=k, v=v, sinks=sinks, window=window, softcap=softcap, scale=scale)
     positions = jnp.broadcast_to(jnp.arange(length) + query_offset, (batch, length))
     if length <= BLOCK_QUERIES:
         return block(q, positions, segment_start)
@@ -28,10 +28,10 @@ def attention(q, k, v, segment_start, query_offset, *, window, softcap, scale):
 
     step = jax.checkpoint(lambda args: block(*args), prevent_cse=False)
     out = jax.lax.map(step, (cut(q), cut(positions), cut(segment_start)))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, n_blocks * BLOCK_QUERIES, heads, dim)[:, :length]
+    return jnp.moveaxis(out, 0, 1).reshape(batch, n_blocks * BLOCK_QUERIES, heads, v.shape[3])[:, :length]
 
 
-def _block(q, positions, segment_start, *, k, v, window, softcap, scale):
+def _block(q, positions, segment_start, *, k, v, sinks, window, softcap, scale):
     """Attention of some queries [B, T, N, H] at `positions` [B, T] over all keys."""
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
@@ -44,6 +44,9 @@ def _block(q, positions, segment_start, *, k, v, window, softcap, scale):
     seen = (first[..., None] <= key) & (key <= positions[..., None])  # [B, T, S]
     # A finite floor: a row that sees nothing (padding) gets a uniform mean rather than NaN.
     scores = jnp.where(seen[:, None, None], scores, jnp.float32(-1e30))
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if sinks is not None:  # one more key for each head, whose value is zero
+        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, heads // kv_heads, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(v.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(batch, length, heads, dim).astype(q.dtype)
+    return out.reshape(batch, length, heads, v.shape[3]).astype(q.dtype)
