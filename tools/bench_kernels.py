@@ -12,6 +12,7 @@ Speed depends on the card: compare the numbers of one run only. bitsandbytes, Un
 import argparse
 import datetime
 import functools
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -98,21 +99,22 @@ def table(rows: list[Row]) -> str:
 def run_group(name: str) -> None:
     """Runs one group in this process, printing one line a row."""
     import jax
-    import jaxlib
 
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     environment = {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "commit": git.stdout.strip() or "unknown",
     }
     print("ENVIRONMENT " + json.dumps(environment))
     GROUPS[name]()
 
 
-def report(op: str, case: str, implementation: str, fn: Callable, sets: list[tuple], *, flops=0, bytes=0) -> None:
+def report(
+    op: str, case: str, implementation: str, fn: Callable, sets: list[tuple], *, flops: float = 0, bytes: float = 0
+) -> None:
     """Times fn and prints a row; an implementation that refuses or fails is a row with the reason."""
     from lora_jax.tools.measure import kernel_times
 

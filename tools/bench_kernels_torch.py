@@ -55,7 +55,9 @@ class Torch:
         w = self.normal(n, k, scale=k**-0.5)
         return self.functional.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
 
-    def report(self, op: str, case: str, name: str, fns: list[Callable], *, flops=0, bytes=0, reps=20) -> None:
+    def report(
+        self, op: str, case: str, name: str, fns: list[Callable], *, flops: float = 0, bytes: float = 0, reps=20
+    ) -> None:
         """Times the functions in turn and prints a row."""
         torch, row = self.torch, {"op": op, "case": case, "implementation": name}
         try:

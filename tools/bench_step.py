@@ -9,6 +9,7 @@ account of the step's memory. Speed depends on the card: compare numbers of one 
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     import lora_jax
+    from lora_jax.kernels.dispatch import using
     from lora_jax.optim import make_optimizer
 
     batch, length = map(int, args.case.split("x"))
@@ -79,7 +81,8 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     ids = jax.random.randint(jax.random.key(1), (1, batch, length), 0, shape["vocab_size"])
     data = {"input_ids": ids, "labels": ids}
     start = time.perf_counter()
-    compiled = step.lower(lora, opt_state, frozen, data).compile()
+    with using(**dict(pair.split("=") for pair in args.use)):
+        compiled = step.lower(lora, opt_state, frozen, data).compile()
     compile_s = time.perf_counter() - start
     analysis = compiled.memory_analysis()
     times, losses = [], []
@@ -102,6 +105,7 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         "remat": args.remat_one,
         "base": "bf16" if args.bf16 else "nf4 (double-quantised)",
         "rank": args.rank,
+        "use": args.use,
         "ms": 1e3 * seconds,
         "ms_min_max": [1e3 * min(times[args.warmup :]), 1e3 * max(times[args.warmup :])],
         "tokens_per_s": batch * length / seconds,
@@ -116,14 +120,13 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
 def environment() -> dict[str, str]:
     """Date, device, versions and commit that a result belongs to."""
     import jax
-    import jaxlib
 
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "commit": git.stdout.strip() or "unknown",
     }
 
@@ -138,6 +141,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument(
+        "--use", nargs="+", default=[], metavar="OP=IMPLEMENTATION", help="such as flash_attention=triton"
+    )
     parser.add_argument("--trace", help="folder for a profiler trace of one step")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--case", help=argparse.SUPPRESS)

@@ -45,16 +45,16 @@ def time_us(fn: Callable, sets: Sequence[tuple], *, repeats: int = 10, calls: in
 
 
 def kernel_times(fn: Callable, sets: Sequence[tuple], *, repeats: int = 5) -> list[tuple[str, float]]:
-    """(name, microseconds) of every kernel that one call launches, averaged over the sets and `repeats` runs.
+    """(name, microseconds) of every kernel of one call, averaged over the sets and `repeats` (2 or more) runs.
 
     Needs CUPTI, so no other profiler may be attached. The sum leaves out the gaps between kernels.
     """
     from jax.experimental.mosaic.gpu import profiler
 
     program = jax.jit(lambda sets: _program(fn, sets))
-    _, runs = profiler.measure(program, aggregate=False, iterations=repeats)(list(sets))
+    runs: Any = profiler.measure(program, aggregate=False, iterations=repeats)(list(sets))[1]
     totals: dict[str, float] = {}
-    for one in runs if isinstance(runs[0], list) else [runs]:
+    for one in runs:
         for name, milliseconds in one:
             totals[name] = totals.get(name, 0.0) + 1e3 * milliseconds
     count = repeats * len(sets)
