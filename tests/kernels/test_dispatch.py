@@ -1,0 +1,29 @@
+"""How an implementation is chosen."""
+
+import pytest
+
+from lora_jax.kernels.dispatch import resolve, using
+
+SUPPORTED = {"xla": None, "triton": None, "mosaic": "it needs a Hopper GPU"}
+
+
+def test_the_first_preference_that_can_is_taken():
+    assert resolve("op", None, SUPPORTED, ("mosaic", "triton", "xla")) == "triton"
+    assert resolve("op", "xla", SUPPORTED, ("mosaic", "triton", "xla")) == "xla"
+
+
+def test_a_named_implementation_never_falls_back():
+    with pytest.raises(NotImplementedError, match="op: implementation='mosaic' cannot do this call: it needs a Hopper"):
+        resolve("op", "mosaic", SUPPORTED, ("xla",))
+    with pytest.raises(ValueError, match="known are xla, triton, mosaic"):
+        resolve("op", "cuda", SUPPORTED, ("xla",))
+
+
+def test_using_names_what_a_call_leaves_open():
+    with using(op="triton", other="xla"):
+        assert resolve("op", None, SUPPORTED, ("xla",)) == "triton"
+        assert resolve("op", "xla", SUPPORTED, ("xla",)) == "xla"  # the call's own word comes first
+        with using(op="mosaic"), pytest.raises(NotImplementedError):
+            resolve("op", None, SUPPORTED, ("xla",))
+        assert resolve("op", None, SUPPORTED, ("xla",)) == "triton"
+    assert resolve("op", None, SUPPORTED, ("xla",)) == "xla"
