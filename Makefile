@@ -5,6 +5,7 @@
 #   make test [ARGS="..."]   the tests, without the slow ones and those against torch; ARGS go to pytest
 #   make test-oracles        the tests against torch, transformers, PEFT and bitsandbytes (own environment, Python 3.11)
 #   make test-all            every test, every configuration
+#   make cuda-compiler       the CUDA compiler in .cuda (265 MB): the tests then compile every kernel for four GPUs
 #   make lint                ruff and pyright
 #   make format              let ruff rewrite the sources
 #
@@ -15,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oracles test-all lint format env oracle-env
+.PHONY: help demo test test-oracles test-all lint format env oracle-env cuda-compiler
 
 ARGS ?=
 PYENV_VERSIONS := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
@@ -76,6 +77,7 @@ format: $(ENV)
 
 env: $(ENV)
 oracle-env: $(ORACLE_ENV)
+cuda-compiler: .cuda/.stamp
 
 # The CUDA packages follow the driver: version 580 and newer run CUDA 13.
 .venv/.stamp: pyproject.toml
@@ -114,6 +116,15 @@ oracle-env: $(ORACLE_ENV)
 	@echo "installing torch, transformers and PEFT into .venv-oracles (1.4 GB, a few minutes)"
 	@.venv-oracles/bin/python -m pip install --disable-pip-version-check torch==2.13.0 numpy==2.4.6
 	@.venv-oracles/bin/python -m pip install --disable-pip-version-check $(ORACLE_PACKAGES)
+	@touch $@
+
+# The compiler parts of JAX's GPU plugin and of CUDA, without the libraries that only a GPU needs. The plugin must be of
+# the installed jax's version.
+.cuda/.stamp: pyproject.toml $(ENV)
+	@version=$$($(PYTHON) -c 'import jax; print(jax.__version__)'); \
+	echo "installing the CUDA compiler for jax $$version into .cuda (265 MB)"; rm -rf .cuda; \
+	$(PYTHON) -m pip install --disable-pip-version-check --no-deps --target .cuda \
+	  "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version" "nvidia-cuda-nvcc>=13,<14" "nvidia-nvvm>=13,<14"
 	@touch $@
 
 # A comma inside the arguments of $(call).

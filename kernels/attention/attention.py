@@ -1,7 +1,14 @@
-"""`flash_attention`: the one signature of attention, and the choice of its implementation."""
+"""`flash_attention`: the one signature of attention, the choice of its implementation, and its backward rule."""
+
+import dataclasses
+import functools
+import importlib
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.kernels.attention import cudnn, xla
 from lora_jax.kernels.dispatch import default_platform, resolve
@@ -19,6 +26,7 @@ def flash_attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Causal softmax attention, softmax(scale q k^T + mask) v, in float32 arithmetic.
@@ -27,42 +35,131 @@ def flash_attention(
 
         max(segment_start[t], t + query_offset - window + 1) <= j <= t + query_offset.
 
+    The output carries the name "attention" for `jax.checkpoint` policies, and the log-sum-exp of the scores, which
+    the kernels keep for backward, "attention_lse": where both are saved, backward does not run the forward kernel.
+
     Args:
       q: queries [B, T, N, H].
       k: keys [B, S, K, H]; query head n reads key head n // (N / K).
-      v: values [B, S, K, H].
+      v: values [B, S, K, Hv]; Hv may differ from H.
       segment_start: int32 [B, T], the first key each query may see (start of its document in a packed row, or the
         number of padding tokens in a left-padded row); None for 0.
       query_offset: position of the first query among the keys; above 0 with a key/value cache.
       window: number of keys a query sees, itself included; None for all.
       softcap: c in c tanh(scores / c), applied before the mask (Gemma 2); None for none.
       scale: factor of the scores; None for 1 / sqrt(H).
-      implementation: "xla", "cudnn", or None to choose by device and arguments.
+      sinks: [N], for each query head the score of one more key whose value is zero (gpt-oss); it is neither scaled
+        nor capped. None for none.
+      implementation: "xla", "cudnn", "triton", "mosaic", or None to choose by device and arguments.
 
     Returns:
-      [B, T, N, H] in the dtype of q.
+      [B, T, N, Hv] in the dtype of q.
 
     Raises:
       ValueError: shapes do not fit or window is below 1.
       NotImplementedError: the named implementation cannot do this call.
     """
-    (batch, length, heads, dim), kv_heads = q.shape, k.shape[2]
-    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != dim or heads % kv_heads:
+    _check_shapes(q, k, v, segment_start, sinks)
+    if window is not None and window < 1:
+        raise ValueError(f"flash_attention: window counts the keys a query sees and must be at least 1, got {window}")
+    factor: float = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    features = dict(segment_start=segment_start, query_offset=query_offset, window=window, softcap=softcap, sinks=sinks)
+    plain = segment_start is None and window is None and softcap is None and sinks is None
+    preference = _preference(plain)
+    supported: dict[str, str | None] = {"xla": None, "cudnn": None, "triton": None, "mosaic": None}
+    for name in (implementation,) if implementation else preference:
+        if name in supported and name != "xla":
+            supported[name] = _module(name).why_not(q, k, v, **features)
+    chosen = resolve("flash_attention", implementation, supported, preference)
+    if chosen == "xla":
+        if segment_start is None:
+            segment_start = jnp.zeros(q.shape[:2], jnp.int32)
+        out = xla.attention(
+            q, k, v, segment_start, query_offset, window=window, softcap=softcap, scale=factor, sinks=sinks
+        )
+        return checkpoint_name(out, "attention")
+    static = query_offset if isinstance(query_offset, int) else None
+    options = _Options(chosen, window, softcap, factor, static)
+    return _fused(q, k, v, segment_start, query_offset if static is None else None, sinks, options)
+
+
+def _check_shapes(q, k, v, segment_start, sinks) -> None:
+    (batch, length, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
+    if k.shape != (batch, keys, kv_heads, dim) or v.shape[:3] != k.shape[:3] or v.ndim != 4 or heads % kv_heads:
         raise ValueError(
-            f"flash_attention: q {q.shape} wants k and v of shape [{batch}, S, K, {dim}] with K a divisor of {heads}; "
-            f"got k {k.shape}, v {v.shape}"
+            f"flash_attention: q {q.shape} wants k of shape [{batch}, S, K, {dim}] and v [{batch}, S, K, Hv] with K a "
+            f"divisor of {heads}; got k {k.shape}, v {v.shape}"
         )
     if segment_start is not None and segment_start.shape != (batch, length):
         raise ValueError(f"flash_attention: segment_start must be [{batch}, {length}], got {segment_start.shape}")
-    if window is not None and window < 1:
-        raise ValueError(f"flash_attention: window counts the keys a query sees and must be at least 1, got {window}")
-    scale = dim**-0.5 if scale is None else float(scale)
-    plain = segment_start is None and isinstance(query_offset, int) and query_offset == 0
-    supported = {"xla": None, "cudnn": cudnn.why_not(q, k, plain=plain, softcap=softcap)}
-    # cuDNN would be tried on a machine without a GPU only when it is named.
-    preference = ("cudnn", "xla") if default_platform() == "gpu" else ("xla",)
-    if resolve("flash_attention", implementation, supported, preference) == "cudnn":
-        return cudnn.attention(q, k, v, window=window, scale=scale)
-    if segment_start is None:
-        segment_start = jnp.zeros((batch, length), jnp.int32)
-    return xla.attention(q, k, v, segment_start, query_offset, window=window, softcap=softcap, scale=scale)
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"flash_attention: sinks must be [{heads}], one for each query head, got {sinks.shape}")
+
+
+def _preference(plain: bool) -> tuple[str, ...]:
+    """Implementations in the order to try them. Without a GPU the others run only when they are named."""
+    if default_platform() != "gpu":
+        return ("xla",)
+    return ("cudnn", "triton", "xla") if plain else ("triton", "cudnn", "xla")
+
+
+def _module(name: str) -> ModuleType:
+    """A file of this folder, imported late: Pallas takes a second to import and is not needed everywhere."""
+    return importlib.import_module(f"lora_jax.kernels.attention.{name}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """The static arguments of `_fused`."""
+
+    implementation: str
+    window: int | None
+    softcap: float | None
+    scale: float
+    query_offset: int | None  # None if it is an array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _fused(q, k, v, segment_start, query_offset, sinks, options: _Options):
+    return _forward(q, k, v, segment_start, query_offset, sinks, options)[0]
+
+
+def _fused_fwd(q, k, v, segment_start, query_offset, sinks, options: _Options):
+    out, lse = _forward(q, k, v, segment_start, query_offset, sinks, options)
+    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention_lse")
+    return out, (q, k, v, segment_start, query_offset, sinks, out, lse)
+
+
+def _fused_bwd(options: _Options, residuals, dout):
+    q, k, v, segment_start, query_offset, sinks, out, lse = residuals
+    grads = _backward(q, k, v, out, lse, dout, segment_start, query_offset, sinks, options)
+    return *grads[:3], None, None, grads[3] if sinks is not None else None
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+def _forward(q, k, v, segment_start, query_offset, sinks, options: _Options) -> tuple[jax.Array, jax.Array]:
+    """(out [B, T, N, Hv], log-sum-exp of the scores float32 [B, N, T])."""
+    common: dict[str, Any] = dict(window=options.window, scale=options.scale)
+    if options.implementation == "cudnn":
+        return cudnn.forward(q, k, v, **common)
+    common["softcap"] = options.softcap
+    if options.implementation == "mosaic":
+        return _module("mosaic").forward(q, k, v, segment_start, **common)
+    offset = options.query_offset if query_offset is None else query_offset
+    return _module("triton").forward(q, k, v, segment_start, offset, sinks=sinks, **common)
+
+
+def _backward(q, k, v, out, lse, dout, segment_start, query_offset, sinks, options: _Options) -> tuple:
+    """(dq, dk, dv), with sinks also dsinks."""
+    common: dict[str, Any] = dict(window=options.window, scale=options.scale)
+    if options.implementation == "cudnn":
+        return cudnn.backward(q, k, v, out, lse, dout, **common)
+    common["softcap"] = options.softcap
+    if options.implementation == "mosaic":
+        return _module("mosaic").backward(q, k, v, out, lse, dout, segment_start, **common)
+    offset = options.query_offset if query_offset is None else query_offset
+    return _module("triton_bwd").backward(
+        q, k, v, out, lse, dout, segment_start, sinks=sinks, query_offset=offset, **common
+    )

@@ -5,6 +5,9 @@ kernel again. This file calls the two halves of that function, which are private
 tests/kernels/test_attention.py notices when they change.
 """
 
+import inspect
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -42,8 +45,9 @@ def forward(q, k, v, *, window: int | None, scale: float) -> tuple[jax.Array, ja
     """Output [B, T, N, H] and the log-sum-exp of the scores, float32 [B, N, T]."""
     length = q.shape[1]
     q, k, v = _padded(length, q, k, v)
-    rule, options = _rules()
-    (out, lse), _ = rule[0](*_operands(q, k, v), scale, *options, window, _version(), True)
+    rule, extra = _private("_dot_product_attention_fwd_rule")
+    static = (*_static(scale, window), *extra["score_mod"], _cudnn_version(), True)
+    (out, lse), _ = rule(*_operands(q, k, v), *extra["score_mod_args"], *static)
     return out[:, :length], lse[:, :, :length]
 
 
@@ -55,10 +59,10 @@ def backward(q, k, v, out, lse, dout, *, window: int | None, scale: float) -> tu
     length = q.shape[1]
     q, k, v, out, dout = _padded(length, q, k, v, out, dout)
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, q.shape[1] - length)))
-    rule, options = _rules()
-    residuals = (*_operands(q, k, v), lse, out)
-    grads = rule[1](scale, *options, window, _version(), False, residuals, dout)
-    return tuple(grad[:, :length] for grad in grads[:3])
+    rule, extra = _private("_dot_product_attention_bwd_rule")
+    residuals = (*_operands(q, k, v), *extra["score_mod_args"], lse, out)
+    dq, dk, dv, *_ = rule(*_static(scale, window), *extra["score_mod"], _cudnn_version(), False, residuals, dout)
+    return dq[:, :length], dk[:, :length], dv[:, :length]
 
 
 def _padded(length: int, *arrays: jax.Array) -> list[jax.Array]:
@@ -70,16 +74,23 @@ def _operands(q, k, v) -> tuple[jax.Array, ...]:
     return (q, k, v, *(jnp.zeros(0, q.dtype),) * 7)
 
 
-def _rules():
-    """JAX's (forward rule, backward rule) and their static arguments between `scale` and the window."""
-    from jax._src.cudnn import fused_attention_stablehlo as private
+def _static(scale: float, window: int | None) -> tuple:
+    """Scale, dropout's seed and rate, (has bias, wants its gradient), mask, layout and window."""
+    from jax._src.cudnn.fused_attention_stablehlo import AttentionLayout, MaskType
 
-    seed, dropout, bias = 42, 0.0, (False, False)
-    options = (seed, dropout, bias, private.MaskType.CAUSAL, private.AttentionLayout.BTNH.value)
-    return (private._dot_product_attention_fwd_rule, private._dot_product_attention_bwd_rule), options
+    return scale, 42, 0.0, (False, False), MaskType.CAUSAL, AttentionLayout.BTNH.value, window
 
 
-def _version() -> int:
-    from jax._src.cudnn import fused_attention_stablehlo as private
+def _private(name: str) -> tuple[Callable, dict[str, tuple]]:
+    """A rule of JAX and the arguments that JAX 0.12 added to it, empty on 0.11."""
+    from jax._src.cudnn import fused_attention_stablehlo
 
-    return private.check_cudnn_version()
+    rule = getattr(fused_attention_stablehlo, name)
+    new = "score_mod" in inspect.signature(rule).parameters
+    return rule, {"score_mod": (None,) if new else (), "score_mod_args": ((),) if new else ()}
+
+
+def _cudnn_version() -> int:
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo.check_cudnn_version()

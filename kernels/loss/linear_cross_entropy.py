@@ -7,7 +7,6 @@ only scales what forward kept.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +33,19 @@ class Head:
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 of hidden states x [..., D]."""
+        return _capped(self._product(x), self.softcap)
+
+    def _product(self, x: jax.Array) -> jax.Array:
+        """The logits before softcap."""
         if self.trained is not None:
-            raw = _matmul(x, self.trained)
-        elif self.a is None and not isinstance(self.weight, NF4Weight):
-            raw = _matmul(x, self.weight)
-        else:
-            raw = lora_matmul(x, self.weight, self.a, self.b, self.scale).astype(jnp.float32)
-        return raw if self.softcap is None else self.softcap * jnp.tanh(raw / self.softcap)
+            return _matmul(x, self.trained)
+        if self.a is None and not isinstance(self.weight, NF4Weight):
+            return _matmul(x, self.weight)
+        return lora_matmul(x, self.weight, self.a, self.b, self.scale).astype(jnp.float32)
+
+
+def _capped(logits: jax.Array, softcap: float | None) -> jax.Array:
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 @jax.custom_vjp
@@ -59,8 +64,8 @@ def _matmul_bwd(residuals, dlogits):
     x, w = residuals
     dlogits = dlogits.astype(x.dtype)
     dx = jnp.dot(dlogits, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
-    rows = (tuple(range(x.ndim - 1)),) * 2
-    dw = jax.lax.dot_general(dlogits, x, (rows, ((), ())), preferred_element_type=jnp.float32)
+    rows = tuple(range(x.ndim - 1))
+    dw = jax.lax.dot_general(dlogits, x, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
     return dx, dw.astype(w.dtype)
 
 
@@ -101,19 +106,54 @@ def linear_cross_entropy(
     return loss, jnp.sum(labels != IGNORE_INDEX, dtype=jnp.int32)
 
 
-def _chunk_loss(x, trained, head, labels):
-    """Loss of one chunk: x [C, D], labels [C]."""
-    head = dataclasses.replace(head, trained=trained[0], a=trained[1], b=trained[2])
-    logits = head.logits(x)
+def _chunk_loss(logits, labels):
+    """Loss of one chunk and the log-sum-exp of its rows: logits [C, V], labels [C]."""
     counted = labels != IGNORE_INDEX
+    lse = _log_sum_exp(logits)
     target = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[:, None], axis=1)[:, 0]
-    return jnp.sum(jnp.where(counted, jax.nn.logsumexp(logits, axis=1) - target, 0.0))
+    return jnp.sum(jnp.where(counted, lse - target, 0.0)), lse
+
+
+def _log_sum_exp(logits):
+    """jax.nn.logsumexp over the last axis of [C, V], reading the logits once: maximum and sum in one reduction."""
+
+    def combine(one, other):
+        (max_one, sum_one), (max_other, sum_other) = one, other
+        top = jnp.maximum(max_one, max_other)
+        return top, sum_one * jnp.exp(max_one - top) + sum_other * jnp.exp(max_other - top)
+
+    start = (jnp.float32(-1e30), jnp.float32(0))  # finite, for -inf less -inf is NaN
+    top, total = jax.lax.reduce((logits, jnp.ones_like(logits)), start, combine, (1,))
+    return top + jnp.log(total)
+
+
+def _chunk_loss_and_gradient(x, trained, head, labels):
+    """(loss, gradients of x and of the trained parts) of one chunk.
+
+    The derivative of the loss is written out, because it can then be rounded where it is computed: one pass over the
+    logits [C, V] for the log-sum-exp, one that reads them and writes softmax less one-hot in the dtype of x.
+    """
+
+    def product(x, trained):
+        return dataclasses.replace(head, trained=trained[0], a=trained[1], b=trained[2])._product(x)
+
+    raw, pull = jax.vjp(product, x, trained)
+    logits = _capped(raw, head.softcap)
+    loss, lse = _chunk_loss(logits, labels)
+    # A label that does not count equals no column.
+    one_hot = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == labels[:, None]
+    dlogits = jnp.where((labels != IGNORE_INDEX)[:, None], jnp.exp(logits - lse[:, None]), 0.0) - one_hot
+    if head.softcap is not None:
+        dlogits *= 1 - (logits / head.softcap) ** 2
+    return loss, pull(dlogits)
 
 
 @jax.custom_vjp
 def _chunked(x, trained, head, labels):
+    head = dataclasses.replace(head, trained=trained[0], a=trained[1], b=trained[2])
+
     def body(total, chunk):
-        return total + _chunk_loss(chunk[0], trained, head, chunk[1]), None
+        return total + _chunk_loss(head.logits(chunk[0]), chunk[1])[0], None
 
     return jax.lax.scan(body, jnp.float32(0), (x, labels))[0]
 
@@ -121,8 +161,7 @@ def _chunked(x, trained, head, labels):
 def _chunked_fwd(x, trained, head, labels):
     def body(carry, chunk):
         total, grads = carry
-        chunk_loss = functools.partial(_chunk_loss, head=head, labels=chunk[1])
-        value, (dx, dtrained) = jax.value_and_grad(chunk_loss, argnums=(0, 1))(chunk[0], trained)
+        value, (dx, dtrained) = _chunk_loss_and_gradient(chunk[0], trained, head, chunk[1])
         grads = jax.tree.map(lambda total, new: total + new.astype(total.dtype), grads, dtrained)
         return (total + value, grads), dx
 

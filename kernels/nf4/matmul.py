@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels.dispatch import resolve
+from lora_jax.kernels.dispatch import default_platform, resolve
 from lora_jax.kernels.nf4 import xla
 from lora_jax.kernels.nf4.format import NF4Weight
 
@@ -35,7 +35,8 @@ def lora_matmul(
       scale: factor of the adapter's product, alpha / R in the paper.
       dropout_rate: probability in [0, 1) that an input element of the adapter is zeroed; needs `dropout_key`.
       dropout_key: JAX random key; the mask is drawn again in backward instead of being kept.
-      implementation: "xla", or None to choose.
+      implementation: "triton" (decodes an NF4 weight at the speed of memory and adds the adapter inside one cuBLAS
+        matmul), "xla", or None to choose.
 
     Returns:
       [..., N] in the dtype of x.
@@ -53,55 +54,81 @@ def lora_matmul(
         raise ValueError(f"lora_matmul: LoRA factors {a.shape} and {b.shape} do not fit [K, R] = [{k}, R], [R, {n}]")
     if dropout_rate and dropout_key is None:
         raise ValueError(f"lora_matmul: dropout_rate={dropout_rate} needs a dropout_key")
-    resolve("lora_matmul", implementation, {"xla": None}, ("xla",))
     rows = x.reshape(-1, k)
+    chosen = _choose(rows, w, implementation)
     if a is None or b is None:
-        y = _base(rows, w)
+        y = _base(rows, w, chosen)
     else:
-        y = _lora(rows, w, a, b, dropout_key if dropout_rate else None, float(scale), float(dropout_rate))
-    return y.reshape(*x.shape[:-1], n)
+        y = _lora(rows, w, a, b, dropout_key if dropout_rate else None, float(scale), float(dropout_rate), chosen)
+    return y.reshape(*x.shape[:-1], n)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@jax.custom_vjp
-def _base(x, w):
-    return xla.base_matmul(x, w).astype(x.dtype)
+def _choose(x, w, implementation):
+    """The implementation for x [M, K] and a weight; only the chosen kernels are imported."""
+    if implementation == "xla" or (implementation is None and default_platform() != "gpu"):
+        return "xla"
+    return resolve("lora_matmul", implementation, {"xla": None, "triton": _triton().why_not(x, w)}, ("triton", "xla"))
 
 
-def _base_fwd(x, w):
-    return xla.base_matmul(x, w).astype(x.dtype), w
+def _triton():
+    from lora_jax.kernels.nf4 import triton_lora
+
+    return triton_lora
 
 
-def _base_bwd(w, dy):
-    return xla.base_matmul_transposed(dy, w).astype(dy.dtype), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _base(x, w, implementation):
+    return _matmuls(implementation).base_matmul(x, w).astype(x.dtype)
+
+
+def _base_fwd(x, w, implementation):
+    return _base(x, w, implementation), w
+
+
+def _base_bwd(implementation, w, dy):
+    return _matmuls(implementation).base_matmul_transposed(dy, w).astype(dy.dtype), None
 
 
 _base.defvjp(_base_fwd, _base_bwd)
 
 
-def _forward(x, w, a, b, key, scale, rate):
-    thin = _dot(_dropout(x, key, rate), a.astype(x.dtype)).astype(x.dtype)
-    delta = _dot(thin, (scale * b).astype(x.dtype))
-    return (xla.base_matmul(x, w) + delta).astype(x.dtype)
+def _matmuls(implementation):
+    return _triton() if implementation == "triton" else xla
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _lora(x, w, a, b, key, scale, rate):
-    return _forward(x, w, a, b, key, scale, rate)
+def _forward(x, w, a, b, key, scale, rate, implementation):
+    """(y [M, N], dropout(x) A [M, R], or None if it has to be computed again)."""
+    a, b = a.astype(x.dtype), (scale * b).astype(x.dtype)
+    if implementation == "triton" and key is None:
+        return _triton().forward(x, w, a, b)
+    thin = _dot(_dropout(x, key, rate), a).astype(x.dtype)
+    return (_matmuls(implementation).base_matmul(x, w) + _dot(thin, b)).astype(x.dtype), None
 
 
-def _lora_fwd(x, w, a, b, key, scale, rate):
-    return _forward(x, w, a, b, key, scale, rate), (x, w, a, b, key)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _lora(x, w, a, b, key, scale, rate, implementation):
+    return _forward(x, w, a, b, key, scale, rate, implementation)[0]
 
 
-def _lora_bwd(scale, rate, residuals, dy):
-    x, w, a, b, key = residuals
+def _lora_fwd(x, w, a, b, key, scale, rate, implementation):
+    y, thin = _forward(x, w, a, b, key, scale, rate, implementation)
+    return y, (x, w, a, b, key, thin)
+
+
+def _lora_bwd(scale, rate, implementation, residuals, dy):
+    x, w, a, b, key, thin = residuals
+    a16, b16 = a.astype(x.dtype), (scale * b).astype(x.dtype)
     dropped = _dropout(x, key, rate)
-    thin = _dot(dropped, a.astype(x.dtype)).astype(x.dtype)  # [M, R]
-    dthin = _dot(dy, (scale * b).astype(x.dtype).T).astype(x.dtype)  # [M, R]
+    if implementation == "triton" and key is None:
+        dx, dthin = _triton().input_gradient(dy, w, a16, b16)
+    else:
+        dthin = _dot(dy, b16.T).astype(x.dtype)  # [M, R]
+        dx_adapter = _dropout(_dot(dthin, a16.T), key, rate)
+        dx = (_matmuls(implementation).base_matmul_transposed(dy, w) + dx_adapter).astype(x.dtype)
+    if thin is None:
+        thin = _dot(dropped, a16).astype(x.dtype)  # [M, R]
     da = _dot(dropped.T, dthin).astype(a.dtype)
     db = (scale * _dot(thin.T, dy)).astype(b.dtype)
-    dx_adapter = _dropout(_dot(dthin, a.astype(x.dtype).T), key, rate)
-    dx = (xla.base_matmul_transposed(dy, w) + dx_adapter).astype(x.dtype)
     return dx, None, da, db, None
 
 
