@@ -12,8 +12,9 @@ import jax
 
 __all__ = ["PRESETS", "checkpoint_wrapper"]
 
-# Names are given to tensors by `checkpoint_name` in models/decoder.py.
-_SELECTIVE = ("q", "k", "v", "attention", "residual", "gate", "up")
+# Names are given to tensors by `checkpoint_name`: in models/decoder.py, and for "attention" and its log-sum-exp, without
+# which the attention kernel would run again, inside kernels/attention.
+_SELECTIVE = ("q", "k", "v", "attention", "attention_lse", "residual", "gate", "up")
 PRESETS = ("none", "selective", "full")
 
 

@@ -120,8 +120,7 @@ class Attention(nnx.Module):
         out = flash_attention(
             q, k, v, segment_start=context.segment_start, query_offset=context.query_offset, window=self.window
         )
-        out = checkpoint_name(out.reshape(*x.shape[:2], -1), "attention")
-        return self.o_proj(out, context.key(layer, 3)), cache
+        return self.o_proj(out.reshape(*x.shape[:2], -1), context.key(layer, 3)), cache
 
 
 class MLP(nnx.Module):
