@@ -1,45 +1,105 @@
-"""Root-mean-square layer normalisation (Zhang and Sennrich, arXiv 1910.07467)."""
+"""Root-mean-square layer normalisation (Zhang and Sennrich, arXiv 1910.07467), alone or after a residual addition."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["rms_norm"]
+from lora_jax.kernels.dispatch import default_platform, resolve
+
+__all__ = ["add_rms_norm", "rms_norm"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, plus_one: bool = False) -> jax.Array:
+def rms_norm(
+    x: jax.Array, weight: jax.Array, eps: float, *, plus_one: bool = False, implementation: str | None = None
+) -> jax.Array:
     """weight * x / sqrt(mean(x^2) + eps) over the last axis, x [..., D], weight [D]; arithmetic in float32.
 
     The normalised value is rounded to the dtype of x before it is multiplied, as Hugging Face's Llama does it. With
     `plus_one` the factor is 1 + weight and everything is rounded once, at the end, as its Gemma does it.
+
+    Args:
+      x: any floating dtype.
+      weight: the gains.
+      eps: added to the mean square.
+      plus_one: Gemma's form.
+      implementation: "xla", "triton", or None to choose.
+
+    Raises:
+      NotImplementedError: the named implementation cannot do this call.
     """
-    return _forward(x, weight, eps, plus_one)[0]
+    results: Any = _norm(x, weight, None, eps, plus_one, _choose(x, implementation))
+    return results[0]
 
 
-def _forward(x, weight, eps: float, plus_one: bool):
-    """Backward needs x, which the layer keeps anyway, and one number a row."""
-    wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    normed = wide * inverse
-    if plus_one:
-        out = (normed * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+def add_rms_norm(
+    x: jax.Array,
+    residual: jax.Array,
+    weight: jax.Array,
+    eps: float,
+    *,
+    plus_one: bool = False,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(x + residual, `rms_norm` of that); the sum is rounded to the dtype of x first. See `rms_norm`."""
+    results: Any = _norm(x, weight, residual, eps, plus_one, _choose(x, implementation))
+    return results[1], results[0]
+
+
+def _choose(x: jax.Array, implementation: str | None) -> str:
+    from lora_jax.kernels import rms_norm_triton
+
+    supported = {"xla": None, "triton": rms_norm_triton.why_not(x)}
+    preference = ("triton", "xla") if default_platform() == "gpu" and x.dtype != jnp.float32 else ("xla",)
+    return resolve("rms_norm", implementation, supported, preference)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _norm(x, weight, residual, eps: float, plus_one: bool, implementation: str):
+    """(norm, x + residual)."""
+    return _forward(x, weight, residual, eps, plus_one, implementation)[0]
+
+
+def _forward(x, weight, residual, eps: float, plus_one: bool, implementation: str):
+    """Backward needs the sum, which the layer keeps anyway, and one number a row."""
+    if implementation == "triton":
+        from lora_jax.kernels import rms_norm_triton
+
+        rows = (x.reshape(-1, x.shape[-1]), weight, None if residual is None else residual.reshape(-1, x.shape[-1]))
+        out, total, inverse = rms_norm_triton.forward(*rows, eps, plus_one)
+        out, total, inverse = out.reshape(x.shape), total.reshape(x.shape), inverse.reshape(*x.shape[:-1], 1)
     else:
-        out = weight.astype(x.dtype) * normed.astype(x.dtype)
-    return out, (x, weight, inverse)
+        total = x if residual is None else x + residual
+        wide = total.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+        normed = wide * inverse
+        if plus_one:
+            out = (normed * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+        else:
+            out = weight.astype(x.dtype) * normed.astype(x.dtype)
+    added = None if residual is None else ()  # both without arrays: the structure tells backward
+    return (out, total), (total, weight, inverse, added)
 
 
-def _backward(eps: float, plus_one: bool, residuals, dout):
+def _backward(eps: float, plus_one: bool, implementation: str, residuals, cotangents):
     del eps
-    x, weight, inverse = residuals
-    normed = x.astype(jnp.float32) * inverse
-    dout = dout.astype(jnp.float32)
-    factor = weight.astype(jnp.float32) + (1 if plus_one else 0)
-    dnormed = dout * factor
-    dx = inverse * (dnormed - normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True))
-    dweight = jnp.sum(dout * normed, axis=tuple(range(x.ndim - 1)))  # dropped by XLA where the weight is frozen
-    return dx.astype(x.dtype), dweight.astype(weight.dtype)
+    (dout, dtotal), (total, weight, inverse, added) = cotangents, residuals
+    normed, wide = total.astype(jnp.float32) * inverse, dout.astype(jnp.float32)
+    # XLA drops this line where the weight is frozen.
+    dweight = jnp.sum(wide * normed, axis=tuple(range(total.ndim - 1))).astype(weight.dtype)
+    if implementation == "triton":
+        from lora_jax.kernels import rms_norm_triton
+
+        rows = [z.reshape(-1, total.shape[-1]) for z in (total, dout, dtotal)]
+        dx = rms_norm_triton.backward(
+            rows[0], weight, inverse.reshape(-1), rows[1], None if added is None else rows[2], plus_one
+        ).reshape(total.shape)
+    else:
+        dnormed = wide * (weight.astype(jnp.float32) + (1 if plus_one else 0))
+        dx = inverse * (dnormed - normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True))
+        dx = (dx if added is None else dx + dtotal.astype(jnp.float32)).astype(total.dtype)
+    return dx, dweight, None if added is None else dx
 
 
-rms_norm.defvjp(_forward, _backward)
+_norm.defvjp(_forward, _backward)

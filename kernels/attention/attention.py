@@ -65,12 +65,10 @@ def flash_attention(
     factor: float = q.shape[-1] ** -0.5 if scale is None else float(scale)
     features = dict(segment_start=segment_start, query_offset=query_offset, window=window, softcap=softcap, sinks=sinks)
     plain = segment_start is None and window is None and softcap is None and sinks is None
-    preference = _preference(plain)
-    supported: dict[str, str | None] = {"xla": None, "cudnn": None, "triton": None, "mosaic": None}
-    for name in (implementation,) if implementation else preference:
-        if name in supported and name != "xla":
-            supported[name] = _module(name).why_not(q, k, v, **features)
-    chosen = resolve("flash_attention", implementation, supported, preference)
+    supported: dict[str, str | None] = {"xla": None}
+    for name in ("cudnn", "triton", "mosaic"):
+        supported[name] = _module(name).why_not(q, k, v, **features)
+    chosen = resolve("flash_attention", implementation, supported, _preference(plain))
     if chosen == "xla":
         if segment_start is None:
             segment_start = jnp.zeros(q.shape[:2], jnp.int32)

@@ -7,16 +7,21 @@ only scales what forward kept.
 """
 
 import dataclasses
+import functools
+import importlib
+import math
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
+from lora_jax.kernels.dispatch import default_platform, resolve
 from lora_jax.kernels.nf4 import NF4Weight, lora_matmul
 
 __all__ = ["IGNORE_INDEX", "Head", "linear_cross_entropy"]
 
 IGNORE_INDEX = -100  # the label that marks a token without loss, as in PyTorch
-_CHUNK_LOGITS = 2**26  # logits of one chunk: 256 MiB in float32
+_CHUNK_BYTES = 2**28  # of the logits of one chunk
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +78,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def linear_cross_entropy(
-    x: jax.Array, head: Head, labels: jax.Array, *, chunk: int | None = None
+    x: jax.Array, head: Head, labels: jax.Array, *, chunk: int | None = None, implementation: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the negative log-likelihoods of `labels` under softmax(head(x)), and how many labels count.
 
@@ -81,13 +86,15 @@ def linear_cross_entropy(
       x: hidden states [M, D] after the final norm.
       head: lm_head; gradients flow to x and to the trained parts of the head.
       labels: int32 [M], the token that each row should predict, or IGNORE_INDEX for none.
-      chunk: rows whose logits exist at once; None for as many as fit 256 MiB.
+      chunk: rows whose logits exist at once; None for as many as take about 256 MiB.
+      implementation: "xla", "mosaic" (Hopper), or None to choose.
 
     Returns:
       (sum of the losses in nats, float32 []; number of labels that are not IGNORE_INDEX, int32 []).
 
     Raises:
       ValueError: shapes do not fit.
+      NotImplementedError: the named implementation cannot do this call.
     """
     vocab, dim = head.weight.shape
     if x.ndim != 2 or x.shape[1] != dim or labels.shape != x.shape[:1]:
@@ -95,15 +102,34 @@ def linear_cross_entropy(
             f"linear_cross_entropy: a head of [V, D] = [{vocab}, {dim}] wants x [M, {dim}] and labels [M]; "
             f"got x {x.shape}, labels {labels.shape}"
         )
+    supported = {"xla": None, "mosaic": _why_not_mosaic(x, head)}
+    implementation = resolve("linear_cross_entropy", implementation, supported, ("xla",))
+    multiple, size = (_module("mosaic").ROWS, 2) if implementation == "mosaic" else (1, 4)
     if chunk is None:
-        chunk = max(128, 1 << (_CHUNK_LOGITS // vocab).bit_length() - 1)
-    chunk = min(chunk, len(labels))
-    padding = -len(labels) % chunk
-    x = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, chunk, dim)
-    labels = jnp.pad(labels, (0, padding), constant_values=IGNORE_INDEX).reshape(-1, chunk)
+        chunk = max(256, 2 ** round(math.log2(_CHUNK_BYTES / (size * vocab))))
+    chunks = -(-len(labels) // chunk)
+    rows = -(-len(labels) // (chunks * multiple)) * multiple  # chunks of one size, with little padding
+    padding = -len(labels) % rows
+    x = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, rows, dim)
+    labels = jnp.pad(labels, (0, padding), constant_values=IGNORE_INDEX).reshape(-1, rows)
     trained = (head.trained, head.a, head.b)
-    loss = _chunked(x, trained, head, labels)
+    loss: jax.Array = _chunked(x, trained, head, labels, implementation)
     return loss, jnp.sum(labels != IGNORE_INDEX, dtype=jnp.int32)
+
+
+def _module(name: str) -> ModuleType:
+    """A file of this folder, imported late: Pallas takes a second to import and is not needed everywhere."""
+    return importlib.import_module(f"lora_jax.kernels.loss.{name}")
+
+
+def _why_not_mosaic(x, head: Head) -> str | None:
+    if head.a is not None or isinstance(head.weight, NF4Weight):
+        return "a LoRA adapter on the head and an NF4 head are not supported"
+    if head.softcap is not None:
+        return "softcap is not supported"
+    if default_platform() != "gpu":
+        return f"it needs an NVIDIA GPU of the Hopper family, JAX runs on {default_platform()}"
+    return _module("mosaic").why_not(x, head.weight)
 
 
 def _chunk_loss(logits, labels):
@@ -127,12 +153,15 @@ def _log_sum_exp(logits):
     return top + jnp.log(total)
 
 
-def _chunk_loss_and_gradient(x, trained, head, labels):
+def _chunk_loss_and_gradient(x, trained, head, labels, implementation):
     """(loss, gradients of x and of the trained parts) of one chunk.
 
     The derivative of the loss is written out, because it can then be rounded where it is computed: one pass over the
     logits [C, V] for the log-sum-exp, one that reads them and writes softmax less one-hot in the dtype of x.
     """
+
+    if implementation == "mosaic":
+        return _mosaic_loss_and_gradient(x, trained, head, labels)
 
     def product(x, trained):
         return dataclasses.replace(head, trained=trained[0], a=trained[1], b=trained[2])._product(x)
@@ -148,20 +177,42 @@ def _chunk_loss_and_gradient(x, trained, head, labels):
     return loss, pull(dlogits)
 
 
-@jax.custom_vjp
-def _chunked(x, trained, head, labels):
+def _mosaic_loss(x, w, labels):
+    """Loss of one chunk, log-sum-exp of its rows, and the logits as mosaic.py leaves them."""
+    below, maximum, total = _module("mosaic").logits_and_statistics(x, w)
+    top = jnp.max(maximum, axis=0)
+    lse = top + jnp.log(jnp.sum(total * jnp.exp(maximum - top), axis=0))
+    counted = labels != IGNORE_INDEX
+    chosen = w[jnp.where(counted, labels, 0)]
+    target = jnp.sum(x.astype(jnp.float32) * chosen.astype(jnp.float32), axis=1)
+    return jnp.sum(jnp.where(counted, lse - target, 0.0)), lse, below, maximum
+
+
+def _mosaic_loss_and_gradient(x, trained, head, labels):
+    w = head.weight if trained[0] is None else trained[0]
+    loss, lse, below, maximum = _mosaic_loss(x, w.astype(x.dtype), labels)
+    dlogits = _module("triton").gradient(below, maximum, lse, labels)
+    dx, dw = _matmul_bwd((x, w), dlogits)
+    return loss, (dx, (None if trained[0] is None else dw, None, None))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked(x, trained, head, labels, implementation):
     head = dataclasses.replace(head, trained=trained[0], a=trained[1], b=trained[2])
 
     def body(total, chunk):
+        if implementation == "mosaic":
+            w = head.weight if head.trained is None else head.trained
+            return total + _mosaic_loss(chunk[0], w.astype(x.dtype), chunk[1])[0], None
         return total + _chunk_loss(head.logits(chunk[0]), chunk[1])[0], None
 
     return jax.lax.scan(body, jnp.float32(0), (x, labels))[0]
 
 
-def _chunked_fwd(x, trained, head, labels):
+def _chunked_fwd(x, trained, head, labels, implementation):
     def body(carry, chunk):
         total, grads = carry
-        value, (dx, dtrained) = _chunk_loss_and_gradient(chunk[0], trained, head, chunk[1])
+        value, (dx, dtrained) = _chunk_loss_and_gradient(chunk[0], trained, head, chunk[1], implementation)
         grads = jax.tree.map(lambda total, new: total + new.astype(total.dtype), grads, dtrained)
         return (total + value, grads), dx
 
@@ -171,7 +222,8 @@ def _chunked_fwd(x, trained, head, labels):
     return total, (dx, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained))
 
 
-def _chunked_bwd(residuals, cotangent):
+def _chunked_bwd(implementation, residuals, cotangent):
+    del implementation
     dx, dtrained = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), residuals)
     return dx, dtrained, None, None
 

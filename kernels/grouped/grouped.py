@@ -1,0 +1,127 @@
+"""The linear layer of LoRA in a mixture of experts: every row is multiplied by the weight and adapter of its expert."""
+
+import functools
+import importlib
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.kernels.dispatch import default_platform, resolve
+from lora_jax.kernels.nf4.format import NF4Weight
+
+__all__ = ["grouped_lora_matmul"]
+
+
+def grouped_lora_matmul(
+    x: jax.Array,
+    w: jax.Array | NF4Weight,
+    group_sizes: jax.Array,
+    a: jax.Array | None = None,
+    b: jax.Array | None = None,
+    scale: float = 1.0,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """y[rows of e] = x[rows of e] W[e]^T + scale (x[rows of e] A[e]) B[e].
+
+    The weights are frozen: their gradient is zero by definition. Backward keeps x, W as it is stored, A and B.
+
+    Args:
+      x: activations [M, K], bfloat16 or float32, sorted by expert: the first group_sizes[0] rows belong to expert 0,
+        and so on. Matmuls run in this dtype and accumulate in float32.
+      w: base weights [E, N, K], an array or a stacked NF4Weight.
+      group_sizes: int32 [E], rows of each expert; zeros are fine. Rows past the sum belong to no expert: their output
+        and input gradient are zero.
+      a, b: LoRA factors [E, K, R] and [E, R, N], usually float32; both None for no adapter.
+      scale: factor of the adapter's product.
+      implementation: "xla", "triton", "mosaic", or None to choose by device and arguments.
+
+    Returns:
+      [M, N] in the dtype of x.
+
+    Raises:
+      ValueError: shapes do not fit, or only one of a and b is given.
+      NotImplementedError: the named implementation cannot do this call.
+    """
+    e, n, k = w.shape
+    if x.ndim != 2 or x.shape[1] != k:
+        raise ValueError(f"grouped_lora_matmul: x {x.shape} does not fit weights [E, N, K] = {w.shape}: want [M, {k}]")
+    if group_sizes.shape != (e,):
+        raise ValueError(f"grouped_lora_matmul: group_sizes has shape {group_sizes.shape}, {e} experts want ({e},)")
+    if (a is None) != (b is None):
+        raise ValueError("grouped_lora_matmul: give both LoRA factors a and b, or neither")
+    if a is not None and b is not None and (a.shape[:2] != (e, k) or b.shape != (e, a.shape[2], n)):
+        raise ValueError(
+            f"grouped_lora_matmul: LoRA factors {a.shape} and {b.shape} do not fit "
+            f"[E, K, R] = [{e}, {k}, R], [E, R, N] = [{e}, R, {n}]"
+        )
+    name = _choose(implementation, x, w)
+    if x.shape[0] == 0:
+        return jnp.zeros((0, n), x.dtype)
+    if a is None or b is None:
+        return _base(x, w, group_sizes, name)
+    pad = 0 if name == "xla" else triton_rank(a.shape[2]) - a.shape[2]  # zeros that change nothing
+    a, b = jnp.pad(a, ((0, 0), (0, 0), (0, pad))), jnp.pad(b, ((0, 0), (0, pad), (0, 0)))
+    return _lora(x, w, group_sizes, a, b, float(scale), name)
+
+
+def triton_rank(rank: int) -> int:
+    """The rank that the kernels work with: a power of two, at least the 16 of a tensor core's tile."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def _choose(implementation: str | None, x, w) -> str:
+    preference = ("mosaic", "triton", "xla") if default_platform() == "gpu" else ("xla",)
+    supported: dict[str, str | None] = {"xla": None, "triton": None, "mosaic": None}
+    for name in (implementation,) if implementation else preference:
+        if name in supported:
+            supported[name] = _module(name).why_not(x, w)
+    return resolve("grouped_lora_matmul", implementation, supported, preference)
+
+
+def _module(name: str) -> ModuleType:
+    """A file of this folder, imported late: Pallas takes a second to import and is not needed everywhere."""
+    return importlib.import_module(f"lora_jax.kernels.grouped.{name}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _base(x, w, group_sizes, name):
+    return _module(name).grouped_matmul(x, w, group_sizes, contract=1)
+
+
+def _base_fwd(x, w, group_sizes, name):
+    return _base(x, w, group_sizes, name), (w, group_sizes)
+
+
+def _base_bwd(name, residuals, dy):
+    w, group_sizes = residuals
+    return _module(name).grouped_matmul(dy, w, group_sizes, contract=0), None, None
+
+
+_base.defvjp(_base_fwd, _base_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _lora(x, w, group_sizes, a, b, scale, name):
+    op = _module(name)
+    thin = op.grouped_matmul(x, a.astype(x.dtype), group_sizes, contract=0)
+    return op.grouped_matmul(x, w, group_sizes, contract=1, thin=thin, b=(scale * b).astype(x.dtype))
+
+
+def _lora_fwd(x, w, group_sizes, a, b, scale, name):
+    return _lora(x, w, group_sizes, a, b, scale, name), (x, w, group_sizes, a, b)
+
+
+def _lora_bwd(scale, name, residuals, dy):
+    x, w, group_sizes, a, b = residuals
+    op, a16 = _module(name), a.astype(x.dtype)
+    thin = op.grouped_matmul(x, a16, group_sizes, contract=0)  # [M, R]
+    dthin = op.grouped_matmul(dy, (scale * b).astype(x.dtype), group_sizes, contract=1)  # [M, R]
+    da = op.grouped_outer(x, dthin, group_sizes)
+    db = scale * jnp.swapaxes(op.grouped_outer(dy, thin, group_sizes), 1, 2)
+    dx = op.grouped_matmul(dy, w, group_sizes, contract=0, thin=dthin, b=jnp.swapaxes(a16, 1, 2))
+    return dx, None, None, da.astype(a.dtype), db.astype(b.dtype)
+
+
+_lora.defvjp(_lora_fwd, _lora_bwd)

@@ -1,0 +1,464 @@
+"""lora_matmul on Hopper with the NF4 weight dequantised in the matmul's main loop (Pallas Mosaic GPU).
+
+Idea. wgmma takes its left operand from registers, so a kernel that computes the transposed output tile,
+y^T [128 n, 256 m] = W [n, k] x^T [k, m], never has to write the bf16 weight anywhere: two warpgroups of 64 rows of W
+each look their weights up in registers while the tensor cores still multiply the step before; a third warpgroup keeps a
+ring of x tiles and packed weights filled by TMA. The grid is persistent, the adapter is one more step of 64 columns.
+
+Look-up. `prmt` selects 4 of 8 bytes by 4-bit selectors whose top bit replaces the byte by 8 copies of its sign: packed
+nibbles ARE selectors. With nibbles s, prmt(T0, s) ^ prmt(T1, s ^ 8) is a table of 16 bytes if the entries i and i + 8
+agree in their top bit (T1 is corrected by what the sign copies of T0 leave). Two byte planes give bf16; the top bits of
+the planes are sign and lowest exponent bit, and the 16 codes are renumbered so that they agree pairwise. In all 2.4 byte
+operations a weight; a tree of selects needs 15.
+
+Rounding. The 16 codes are stored as bf16(CODE * 1.374555): of all factors it is (with the pairing above) the one with
+the least rounding error, 0.25 of the variance that rounding the weight to bf16 has. The scale absmax / 1.374555 is kept
+as a sum of two bf16, hi + lo, and the weight is fma(code, hi, code * lo): rounded once. The total error of y against
+the float32-dequantised weight is 1.05 to 1.06 times that of the standard bf16 computation.
+
+Layout. `tile_weight` reorders a weight once, without loss: for each 64 x 64 block the nibbles in the order in which
+threads hold wgmma's left operand, then 64 pairs (hi, lo). 4.5 bits a weight as before. The transposed product (dx) reads
+the same bytes; there the fragments are transposed by `movmatrix` after dequantisation.
+
+Bytes and operations for M 4096, 4096 -> 14336: 33 MB of weight, 33 MB of x, 117 MB of y: 0.06 ms; 481 GFLOP: 0.6 ms at
+what cuBLAS reaches. For each step of 64 columns a scheduler issues about 400 instructions in the 1024 cycles of wgmma.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend import backend
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NF4Weight, dequantize_absmax
+
+__all__ = ["TiledWeight", "matmul", "matmul_transposed", "tile_weight", "why_not"]
+
+_FACTOR = 1.374555  # see "Rounding" above
+_TINY_NEGATIVE = 0x8080  # bf16 -1.2e-38: the code 0.0 in the class that lacks a fourth member
+_WORDS = 512  # int32 words of packed weights in a block of 64 x 64; 64 words of scales follow
+_FRAGMENT = plgpu.ShapeDtypeStruct((64, 64), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the kernel; the defaults are the fastest of those tried."""
+
+    rows: int = 256  # rows of x in a tile: wgmma's widest
+    stages: int = 4  # tiles of x and W in flight
+    width: int = 8  # tiles of the minor grid dimension that are walked together, for the L2 cache
+    minor: int = 0  # grid dimension walked first: 0 for rows of x, 1 for output features
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TiledWeight:
+    """An NF4 weight [N, K] in the order in which the kernel's threads read it."""
+
+    blocks: jax.Array  # int32 [N/64, K/64, 9, 64]: 512 words of nibbles, 64 words of scales (hi | lo << 16)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical shape [N, K]."""
+        return 64 * self.blocks.shape[-4], 64 * self.blocks.shape[-3]
+
+
+def why_not(
+    x: jax.Array, w: jax.Array | NF4Weight | TiledWeight, a: jax.Array | None = None, b: jax.Array | None = None
+) -> str | None:
+    """Why `matmul` cannot do a call, or None. Says nothing about the device: the kernel needs compute capability 9.0."""
+    if not isinstance(w, NF4Weight | TiledWeight):
+        return "the weight is not NF4"
+    if len(w.shape) != 2:
+        return f"it takes one weight [N, K], got shape {w.shape}"
+    n, k = w.shape
+    if n % 128 or k % 64:
+        return f"it wants N to be a multiple of 128 and K of 64, got [N, K] = [{n}, {k}]"
+    if x.dtype != jnp.bfloat16:
+        return f"activations must be bfloat16, got {x.dtype}"
+    if (a is None) != (b is None):
+        return "only one LoRA factor is given"
+    return None
+
+
+def matmul(x, w, a=None, b=None, scale: float = 1.0, config: Config = Config()) -> jax.Array:
+    """y [M, N] = x W^T + scale (x a) b for x bfloat16 [M, K], any M, W NF4 [N, K], a [K, R], b [R, N].
+
+    An NF4Weight is tiled first, on every call; a TiledWeight is not.
+    """
+    tiled = w if isinstance(w, TiledWeight) else tile_weight(w)
+    if a is None or b is None:
+        return _call(x, tiled.blocks, None, None, False, config)
+    return _call(x, tiled.blocks, _thin(x, a), _fragments(scale * b), False, config)
+
+
+def matmul_transposed(dy, w, a=None, b=None, scale: float = 1.0, config: Config = Config()) -> jax.Array:
+    """dx [M, K] = dy W + scale (dy b^T) a^T for dy bfloat16 [M, N]: the gradient of `matmul`. K a multiple of 128."""
+    tiled = w if isinstance(w, TiledWeight) else tile_weight(w)
+    if a is None or b is None:
+        return _call(dy, tiled.blocks, None, None, True, config)
+    return _call(dy, tiled.blocks, _thin(dy, (scale * b).T), _fragments(a.T), True, config)
+
+
+def tile_weight(w: NF4Weight) -> TiledWeight:
+    """Reorders a weight [N, K], both multiples of 64, for the kernel; lossless but for the split of the scales."""
+    n, k = w.shape
+    codes = jnp.stack([_renumber(w.packed >> 4), _renumber(w.packed & 15)], axis=-1)
+    # n = (block, warp, half, row); k = (block, j, chunk, quad, element): wgmma's fragment of 64 x 64 in 16-bit pairs
+    codes = codes.reshape(n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2).transpose(0, 4, 1, 2, 5, 3, 7, 6, 8)
+    codes = codes.reshape(n // 64, k // 64, 4, 2, 2, 2, 32, 4).transpose(0, 1, 2, 3, 4, 6, 5, 7).astype(jnp.uint32)
+    # [.., warp, half, pair of j, lane, 8 nibbles]
+    codes = codes.reshape(n // 64, k // 64, _WORDS, 8)
+    words = functools.reduce(jnp.bitwise_or, [codes[..., i] << (4 * i) for i in range(8)])
+    scale = dequantize_absmax(w) / np.float32(_FACTOR)
+    # The upper half of a float32 is a bf16; written with integers, since XLA takes a conversion there and back for none.
+    hi = lax.bitcast_convert_type(scale, jnp.uint32) & np.uint32(0xFFFF0000)
+    lo = (scale - lax.bitcast_convert_type(hi, jnp.float32)).astype(jnp.bfloat16)
+    pair = hi >> 16 | lax.bitcast_convert_type(lo, jnp.uint16).astype(jnp.uint32) << 16
+    pair = pair.reshape(n // 64, 4, 2, 8, k // BLOCK).transpose(0, 4, 1, 3, 2).reshape(n // 64, k // 64, 64)
+    blocks = lax.bitcast_convert_type(jnp.concatenate([words, pair], axis=-1), jnp.int32)
+    return TiledWeight(blocks.reshape(n // 64, k // 64, 9, 64))
+
+
+def _width(rank: int) -> int:
+    """Columns that an adapter of this rank takes: 16 in a buffer of their own, or steps of 64 like x."""
+    return 16 if rank <= 16 else -(-rank // 64) * 64
+
+
+def _thin(x, factor):
+    """x times a LoRA factor [K, R], zero columns added."""
+    thin = jnp.dot(x, factor.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.pad(thin, ((0, 0), (0, _width(factor.shape[1]) - factor.shape[1])))
+
+
+def _fragments(factor):
+    """The other factor [R, N] as wgmma's left operand: int32 [N/64, steps, 512 for each 16 columns]."""
+    r, n = factor.shape
+    width = _width(r)
+    rows = jnp.pad(factor.astype(jnp.bfloat16), ((0, width - r), (0, 0))).T
+    # n = (block, warp, half, row); R = (j, chunk, quad, element); a thread's four words are its [chunk][half] of one j
+    f = rows.reshape(n // 64, 4, 2, 8, width // 16, 2, 4, 2).transpose(0, 4, 1, 3, 6, 5, 2, 7)
+    return lax.bitcast_convert_type(f, jnp.int32).reshape(n // 64, -1, 512 * min(4, width // 16))
+
+
+@functools.cache
+def _tables() -> tuple[np.ndarray, list[int]]:
+    """(new number of every code, the eight words of T0 and T1 for the low and then the high byte plane)."""
+    bits = (CODE.astype(np.float64) * _FACTOR).astype(ml_dtypes.bfloat16).view(np.uint16).astype(int)
+    bits[CODE == 0] = _TINY_NEGATIVE
+    classes: dict[tuple[int, int], list[int]] = {}
+    for code, value in enumerate(bits):
+        classes.setdefault((value >> 15, value >> 7 & 1), []).append(code)
+    pairs = [(members[i], members[i + 1]) for members in classes.values() for i in (0, 2)]
+    number = np.zeros(16, np.uint8)
+    for i, (low, high) in enumerate(pairs):
+        number[low], number[high] = i, i + 8
+    words = []
+    for shift in (0, 8):
+        t0 = [bits[low] >> shift & 255 for low, _ in pairs]
+        t1 = [(bits[high] >> shift & 255) ^ (255 if t & 128 else 0) for (_, high), t in zip(pairs, t0, strict=True)]
+        words += [sum(t[h + i] << 8 * i for i in range(4)) for t in (t0, t1) for h in (0, 4)]
+    return number, words
+
+
+def _renumber(codes):
+    level = [jnp.uint8(value) for value in _tables()[0]]
+    for bit in range(4):
+        is_set = (codes >> bit & 1).astype(bool)
+        level = [jnp.where(is_set, level[i + 1], level[i]) for i in range(0, len(level), 2)]
+    return level[0]
+
+
+def _call(x, blocks, thin, fragments, transposed: bool, config: Config):
+    """The kernel: out [M, F] = x [M, C] times the weight, C contracted and F free, plus thin times fragments."""
+    if spare := -x.shape[0] % 8:  # TMA moves whole groups of 8 rows
+        x, thin = (v if v is None else jnp.pad(v, ((0, spare), (0, 0))) for v in (x, thin))
+        return _call(x, blocks, thin, fragments, transposed, config)[:-spare]
+    m, contracted = x.shape
+    free = 64 * blocks.shape[1 if transposed else 0]
+    width = 0 if thin is None else thin.shape[1]
+    rows, stages = config.rows, config.stages
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    thin_tiled = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
+    body = functools.partial(
+        _body,
+        grid=(pl.cdiv(m, rows), free // 128),
+        steps=contracted // 64,
+        width=width,
+        transposed=transposed,
+        config=config,
+    )
+    kernel = plgpu.kernel(
+        body if width else lambda x_ref, w_ref, *refs: body(x_ref, w_ref, None, None, *refs),
+        out_type=jax.ShapeDtypeStruct((m, free), x.dtype),
+        grid=(_num_sms(),),
+        grid_names=("sm",),
+        num_threads=3,
+        thread_name="wg",
+        scratch_types=[
+            plgpu.SMEM((stages, rows, 64), jnp.bfloat16, transforms=tiled),
+            plgpu.SMEM((stages, 2, 9, 64), jnp.int32),
+            plgpu.SMEM((2, rows, 64), jnp.bfloat16, transforms=tiled),
+            plgpu.SMEM((rows, 16), jnp.bfloat16, transforms=thin_tiled),
+            (plgpu.Barrier(num_arrivals=2, num_barriers=stages), plgpu.Barrier(num_arrivals=2, num_barriers=stages)),
+            (plgpu.Barrier(), plgpu.Barrier(num_arrivals=2)),
+        ],
+        kernel_name="nf4_matmul_transposed" if transposed else "nf4_matmul",
+    )
+    return kernel(x, blocks, *((thin, fragments) if width else ()))
+
+
+def _body(x_ref, w_ref, thin_ref, fragment_ref, out_ref, *scratch, grid, steps, width, transposed, config):
+    """Two warpgroups compute 64 output features each, the third one keeps the ring of tiles filled."""
+    x_smem, w_smem, out_smem, thin_smem, (full, empty), (thin_full, thin_empty) = scratch
+    rows, wg = config.rows, lax.axis_index("wg")
+    narrow, extra = width == 16, width // 64  # an adapter of rank up to 16, or as many steps of 64 in the ring
+
+    def slot(info, i):
+        return lax.rem(info.local_index * (steps + extra) + i, jnp.int32(config.stages))
+
+    def loop(body):
+        @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="sm")
+        def _tiles(info):
+            mi, fi = plgpu.planar_snake(info.index[0], grid, config.minor, config.width)
+            body(info, pl.ds(mi * rows, rows), fi)
+
+    def accumulate(acc, info, fi):
+        def await_tile(i):
+            plgpu.barrier_wait(full.at[slot(info, i)])
+
+        def load(i):
+            block = w_smem.at[slot(info, i), wg]
+            return _scaled(block, _look_up(block, transposed), transposed)
+
+        def start(i, weight):
+            plgpu.wgmma(acc, weight, x_smem.at[slot(info, i)].transpose((1, 0)))
+
+        def free(i, running):
+            """Waits until no more than `running` wgmmas run, then gives the tile of step i back."""
+            plgpu.wgmma_wait(running)
+            plgpu.barrier_arrive(empty.at[slot(info, i)])
+
+        # Step i runs, step i + 1 is about to start, step i + 2 is dequantised meanwhile. Two steps make one turn of the
+        # loop, so that a running wgmma's registers are never those that the next weight is written to: with one, ptxas
+        # moves registers, finds the hazard and runs every wgmma alone. The wait for a tile is a branch; without one
+        # ptxas would put the dequantisation behind the next wait for a wgmma.
+        def step(i, weight, ahead=True):
+            start(i + 1, weight)
+            free(i, 1)
+            following = load(i + 2)
+            if ahead:
+                await_tile(i + 3)
+            return following
+
+        await_tile(0)
+        start(0, load(0))
+        if steps > 1:
+            await_tile(1)
+            weight = load(1)
+            if steps > 2:
+                await_tile(2)
+                turns = (steps - 3) // 2
+                weight = lax.fori_loop(0, turns, lambda i, w: step(2 * i + 1, step(2 * i, w)), weight)
+                for i in range(2 * turns, steps - 2):
+                    weight = step(i, weight, ahead=i < steps - 3)
+            start(steps - 1, weight)
+            free(steps - 2, 1)
+        for i in range(extra):
+            factor = _load_fragments(fragment_ref.at[2 * fi + wg, i], 64)
+            await_tile(steps + i)
+            start(steps + i, factor)
+            free(steps + i - 1, 1)
+        if narrow:
+            factor = _load_fragments(fragment_ref.at[2 * fi + wg, 0], 16)
+            plgpu.barrier_wait(thin_full)
+            plgpu.wgmma(acc, factor, thin_smem.transpose((1, 0)))
+        free(steps + extra - 1, 0)
+        if narrow:
+            plgpu.barrier_arrive(thin_empty)
+        return acc[...]
+
+    def compute(info, row_slice, fi):
+        acc = plgpu.ACC((64, rows), jnp.float32)
+        out = pl.run_scoped(functools.partial(accumulate, info=info, fi=fi), acc).astype(out_ref.dtype)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out_smem.at[wg].transpose((1, 0))[...] = out
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[row_slice, pl.ds(fi * 128 + wg * 64, 64)])
+
+    def fetch(info, row_slice, fi):
+        def one(source, column, i, wi):
+            s = slot(info, i)
+            plgpu.barrier_wait(empty.at[s])
+            plgpu.copy_gmem_to_smem(source.at[row_slice, pl.ds(column * 64, 64)], x_smem.at[s], full.at[s])
+            pair = w_ref.at[wi, pl.ds(2 * fi, 2)] if transposed else w_ref.at[pl.ds(2 * fi, 2), wi]
+            plgpu.copy_gmem_to_smem(pair, w_smem.at[s], full.at[s])
+
+        lax.fori_loop(0, steps, lambda i, _: one(x_ref, i, i, i), None)
+        for i in range(extra):  # the weight is not used: it keeps the count of arrivals
+            one(thin_ref, i, steps + i, 0)
+        if narrow:
+            plgpu.barrier_wait(thin_empty)
+            plgpu.copy_gmem_to_smem(thin_ref.at[row_slice], thin_smem, thin_full)
+
+    @pl.when(wg < 2)
+    def _compute():
+        plgpu.set_max_registers(232, action="increase")
+        for s in range(config.stages):
+            plgpu.barrier_arrive(empty.at[s])
+        plgpu.barrier_arrive(thin_empty)
+        loop(compute)
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(wg == 2)
+    def _memory():
+        plgpu.set_max_registers(40, action="decrease")
+        loop(fetch)
+
+
+def _num_sms() -> int:
+    if device := jax.sharding.get_abstract_mesh().abstract_device:
+        return device.num_cores
+    return backend.get_default_device().core_count
+
+
+# What follows writes single instructions. Registers of a fragment [64, 64] are numbered [j][chunk][half]: 16 columns j,
+# 8 columns `chunk` of them, 8 of the warp's 16 rows `half`; a thread has two neighbouring columns in each.
+
+
+def _look_up(ref, transposed: bool):
+    """The unscaled fragment of a block in shared memory [9, 64]; transposed: lane rows stay n, [n group][half][chunk]."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_FRAGMENT)
+    def emit(ctx, ref):
+        lane, warp = _lane_and_warp()
+        registers = []
+        if transposed:  # this warp's columns j = warp of all rows
+            word = arith.addi(arith.muli(arith.shrui(warp, _i32(1)), _i32(32)), lane)
+            shift = arith.muli(arith.andi(warp, _i32(1)), _i32(16))
+            for group in range(4):
+                for half in range(2):
+                    [packed] = _load(ref, arith.addi(word, _i32(128 * group + 64 * half)), 1)
+                    registers += _asm(2, [arith.shrui(packed, shift)], _LOOK_UP_4, "=&r,=&r,r")
+            return _fragment(registers)
+        word = arith.addi(arith.muli(warp, _i32(128)), lane)
+        by_half = []
+        for half in range(2):
+            by_half.append([])
+            for pair in range(2):
+                [packed] = _load(ref, arith.addi(word, _i32(64 * half + 32 * pair)), 1)
+                by_half[half] += _asm(4, [packed], _LOOK_UP_8, "=&r,=&r,=&r,=&r,r")
+        for jc in range(8):
+            registers += [by_half[0][jc], by_half[1][jc]]
+        return _fragment(registers)
+
+    return emit(ref)
+
+
+def _scaled(ref, looked_up, transposed: bool):
+    """The fragment times its scales, rounded once; transposed also turned, so that lane rows are k."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA), return_type=_FRAGMENT)
+    def emit(ctx, ref, looked_up):
+        lane, warp = _lane_and_warp()
+        values = [_as_i32(v) for v in looked_up.registers.flat]
+        row = arith.addi(arith.muli(arith.shrui(lane, _i32(2)), _i32(2)), _i32(_WORDS))
+
+        def scales(group):
+            pairs = _load(ref, arith.addi(row, arith.muli(group, _i32(16))), 2)
+            return [[_asm(1, [p], f"prmt.b32 $0, $1, $1, {s};", "=r,r")[0] for s in ("0x1010", "0x3232")] for p in pairs]
+
+        if not transposed:
+            pair = scales(warp)
+            return _fragment([_asm(1, [v, *pair[i % 2]], _SCALE, "=r,r,r,r")[0] for i, v in enumerate(values)])
+        registers = []
+        for group in range(4):
+            pair = scales(_i32(group))
+            registers += [
+                _asm(1, [values[4 * group + 2 * half + chunk], *pair[half]], _SCALE_AND_TURN, "=r,r,r,r")[0]
+                for half in range(2)
+                for chunk in range(2)
+            ]
+        return _fragment(registers)
+
+    return emit(ref, looked_up)
+
+
+def _load_fragments(ref, columns: int):
+    """A fragment [64, columns] from device memory."""
+    kind = plgpu.ShapeDtypeStruct((64, columns), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=kind)
+    def emit(ctx, ref):
+        word = arith.muli(arith.remui(utils.thread_idx(), _i32(128)), _i32(4))
+        return _fragment([v for j in range(columns // 16) for v in _load(ref, arith.addi(word, _i32(512 * j)), 4)])
+
+    return emit(ref)
+
+
+def _look_up_text(selector: str, flipped: str, out0: str, out1: str) -> str:
+    l0, l1, l2, l3, h0, h1, h2, h3 = (f"0x{word:x}" for word in _tables()[1])
+    return f"""prmt.b32 la, {l0}, {l1}, {selector}; prmt.b32 lb, {l2}, {l3}, {flipped};
+        prmt.b32 ha, {h0}, {h1}, {selector}; prmt.b32 hb, {h2}, {h3}, {flipped};
+        xor.b32 la, la, lb; xor.b32 ha, ha, hb;
+        prmt.b32 {out0}, la, ha, 0x5140; prmt.b32 {out1}, la, ha, 0x7362;"""
+
+
+_LOOK_UP_8 = f"""{{ .reg .b32 s, x, y, la, lb, ha, hb;
+    xor.b32 x, $4, 0x88888888; shr.u32 s, $4, 16; shr.u32 y, x, 16;
+    {_look_up_text("$4", "x", "$0", "$1")} {_look_up_text("s", "y", "$2", "$3")} }}"""
+_LOOK_UP_4 = f"""{{ .reg .b32 x, la, lb, ha, hb; xor.b32 x, $2, 0x88888888; {_look_up_text("$2", "x", "$0", "$1")} }}"""
+_SCALE = "{ .reg .b32 t; mul.rn.bf16x2 t, $1, $3; fma.rn.bf16x2 $0, $1, $2, t; }"
+_SCALE_AND_TURN = """{ .reg .b32 t; mul.rn.bf16x2 t, $1, $3; fma.rn.bf16x2 t, $1, $2, t;
+    movmatrix.sync.aligned.m8n8.trans.b16 $0, t; }"""
+
+
+def _i32(value: int):
+    return arith.constant(ir.IntegerType.get_signless(32), value)
+
+
+def _lane_and_warp():
+    thread = arith.remui(utils.thread_idx(), _i32(128))
+    return arith.remui(thread, _i32(32)), arith.shrui(thread, _i32(5))
+
+
+def _asm(outputs: int, inputs: list, text: str, constraints: str) -> list:
+    """Inline assembly on 32-bit registers."""
+    i32 = ir.IntegerType.get_signless(32)
+    kind = i32 if outputs == 1 else llvm.StructType.get_literal([i32] * outputs)
+    out = llvm.inline_asm(kind, inputs, text, constraints, asm_dialect=0, has_side_effects="movmatrix" in text or "xor" in text)
+    return [out] if outputs == 1 else [llvm.extractvalue(i32, out, [i]) for i in range(outputs)]
+
+
+def _load(ref, offset, count: int) -> list:
+    """`count` int32, aligned, from a flat offset."""
+    i32 = ir.IntegerType.get_signless(32)
+    base = utils.memref_ptr(ref)
+    pointer = llvm.getelementptr(base.type, base, [offset], [-2147483648], i32, llvm.GEPNoWrapFlags.none)
+    loaded = llvm.load(ir.VectorType.get((count,), i32), pointer, alignment=4 * count)
+    return [vector.extract(loaded, [], [i]) for i in range(count)]
+
+
+def _as_i32(pair):
+    i32 = ir.IntegerType.get_signless(32)
+    return vector.extract(vector.bitcast(ir.VectorType.get((1,), i32), pair), [], [0])
+
+
+def _fragment(registers: list) -> fa.FragmentedArray:
+    """Registers of bf16 pairs, numbered [j][chunk][half], as an array [64, 16 j]."""
+    one, two = ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), ir.VectorType.get((2,), ir.BF16Type.get())
+    pairs = np.empty(len(registers), dtype=object)
+    for i, value in enumerate(registers):
+        pairs[i] = vector.bitcast(two, vector.broadcast(one, value))
+    shape = fa.WGMMA_LAYOUT.registers_shape((64, 4 * len(registers)))
+    return fa.FragmentedArray(_registers=pairs.reshape(shape), _layout=fa.WGMMA_LAYOUT, _is_signed=None)

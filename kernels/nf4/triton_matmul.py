@@ -1,0 +1,461 @@
+"""NF4 + LoRA matmuls whose weight is never written: dequantised on its way into the tensor cores, by Pallas-Triton.
+
+Idea. A code is looked up with byte permutations instead of a tree of 15 selects: the sixteen bf16 values are eight
+32-bit registers (low bytes, high bytes), `prmt` picks four bytes by four codes at once, and two registers of the
+result are the bf16 pairs in the order in which the tensor core wants them: 21 integer operations for 8 weights, 2.6 a
+weight.
+
+Numbers. The table holds CODE * 1.4367 rounded to bf16, and absmax is divided by 1.4367 in float32. That factor
+minimises the rounding of the sixteen values (weighted by how often normal weights take them): root mean square 3.0e-4
+of absmax, where the weight rounded to bf16 has 6.3e-4. Few rows scale the float32 accumulator of each block of 64, so
+nothing else is rounded: the result is more exact than the standard computation. With many rows that costs too much;
+the weight is scaled in float32 and rounded to bf16 before the product (7.0e-4, the error of the result at most 1.09
+times the standard one's).
+
+Few rows (decoding), M <= 64. Limit: the packed bytes, 29 MB or 10 us for 4096 -> 14336 on an H100; the look-ups take
+about as long on the integer units (64 lanes a clock), beside it. Programs split N, and K where N alone does not fill
+the GPU; they write float32 partial sums, and x A in a few more programs of the same kernel; a second kernel adds all
+of it up in a fixed order, with (x A) B. No atomics: two runs are bitwise equal.
+
+Many rows. Limit: the tensor cores. Each weight is looked up M / bm times, programs run in an order that keeps the rows
+of x in the L2 cache, loads are pipelined, x A is a thin matmul before and (x A) B is added to the accumulator at the
+end.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from lora_jax.kernels.dispatch import interpret
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Weight
+
+__all__ = ["FewRows", "ManyRows", "choose", "few_rows", "many_rows", "many_rows_transposed", "matmul", "why_not"]
+
+# Chosen so that the sixteen products lie close to bf16 numbers: see "Numbers" above.
+_STRETCH = np.float32(1.4367)
+_TABLE = (CODE * _STRETCH).astype(ml_dtypes.bfloat16)
+_INVERSE = np.float32(1) / _STRETCH
+MAX_FEW = 64
+_THIN_K = 256  # columns of x that one program multiplies by A
+
+
+@dataclasses.dataclass(frozen=True)
+class FewRows:
+    """Tiles of `few_rows`; K / 64 must be a multiple of splits * blocks."""
+
+    bn: int = 64  # weight rows of a program, power of two
+    blocks: int = 4  # blocks of 64 along K in one step of its loop, power of two
+    splits: int = 2  # programs along K
+    warps: int = 4
+    stages: int = 1  # of Triton's software pipeline
+    weight_left: bool = False  # W x^T (64 weight rows at a time) instead of x W^T (16 rows of x at a time)
+    together: bool = True  # scales of a step are loaded as one tile
+
+
+@dataclasses.dataclass(frozen=True)
+class ManyRows:
+    """Tiles of `many_rows` and `many_rows_transposed`."""
+
+    bm: int = 128  # rows of x of a program, power of two
+    bn: int = 128  # output columns of a program, power of two
+    bk: int = 64  # step along the sum, power of two
+    group: int = 8  # row blocks that run over all columns together, for the L2 cache
+    warps: int = 8
+    stages: int = 3
+    weight_left: bool = False  # W x^T with W in registers instead of x W^T with W in shared memory
+
+
+def why_not(x, w, a=None, b=None) -> str | None:
+    """Reason why the kernels of this file cannot multiply x [M, K] by w [N, K] with factors a, b; None if they can."""
+    if not isinstance(w, NF4Weight):
+        return "the weight is not NF4"
+    n, k = w.shape[-2:]
+    if w.packed.ndim != 2:
+        return f"it takes one weight [N, K], got shape {w.shape}"
+    if k % BLOCK:
+        return f"K must be a multiple of {BLOCK}, got K = {k}"
+    if x.dtype != jnp.bfloat16:
+        return f"x must be bfloat16, got {x.dtype}"
+    if n * k // 2 >= 2**31:
+        return f"the packed weight must be smaller than 2 GiB, got {n} x {k}"
+    if a is not None and a.shape[1] > 256:
+        return f"the rank must be at most 256, got {a.shape[1]}"
+    return None
+
+
+def choose(m: int, n: int, k: int) -> FewRows | ManyRows:
+    """The configuration for x [m, k] and w [n, k]: the measured one of the nearest shape, made to fit k."""
+    if m > MAX_FEW:
+        return ManyRows()
+    config = FewRows()
+    blocks = math.gcd(config.blocks, k // BLOCK)
+    splits = next(s for s in range(config.splits, 0, -1) if k // BLOCK // blocks % s == 0)
+    return dataclasses.replace(config, blocks=blocks, splits=splits)
+
+
+def matmul(x: jax.Array, w: NF4Weight, a=None, b=None, scale: float = 1.0, *, config=None) -> jax.Array:
+    """y = x W^T + scale (x a) b for x [M, K] bfloat16, w [N, K], a [K, R], b [R, N]; returns [M, N] in bfloat16.
+
+    `config` is a FewRows or ManyRows, None for the measured one. Raises NotImplementedError if `why_not` objects.
+    """
+    if (reason := why_not(x, w, a, b)) is not None:
+        raise NotImplementedError(f"nf4 matmul (triton): {reason}")
+    config = config or choose(x.shape[0], *w.shape)
+    if isinstance(config, FewRows):
+        return few_rows(x, w, a, b, scale, config=config)
+    return many_rows(x, w, a, b, scale, config=config)
+
+
+def few_rows(x: jax.Array, w: NF4Weight, a=None, b=None, scale: float = 1.0, *, config: FewRows) -> jax.Array:
+    """`matmul` for at most 64 rows, bound by the bytes of the weight."""
+    (m, k), n = x.shape, w.shape[0]
+    if m > MAX_FEW:
+        raise ValueError(f"few_rows takes at most {MAX_FEW} rows, got {m}")
+    if k // BLOCK % (config.splits * config.blocks):
+        raise ValueError(f"{config} does not fit K = {k}: splits * blocks must divide K / {BLOCK} = {k // BLOCK}")
+    rank, lora = _padded_rank(a), a is not None
+    rows, thin = max(16, pl.next_power_of_2(m)), -(-k // (_THIN_K * config.splits)) if lora else 0
+    kernel = functools.partial(_few_kernel, m=m, n=n, k=k, rows=rows, rank=rank, thin=thin, config=config)
+    out = [jax.ShapeDtypeStruct((config.splits, m, n), jnp.float32)]
+    out += [jax.ShapeDtypeStruct((thin * config.splits, m, rank), jnp.float32)] if lora else []
+    inputs = dict(x=x, table=_table_words(), **_weight_arrays(w), **({"a": a} if lora else {}))
+    grid = (thin + -(-n // config.bn), config.splits)
+    parts = _call(kernel, "nf4_few_rows", inputs, out, grid, config.warps, config.stages)
+    inputs = dict(zip(("parts", "thin"), parts, strict=False), **({"b": b} if lora else {}))
+    bm, bn = min(rows, 16), 128
+    kernel = functools.partial(_sum_kernel, scale=scale, bm=bm, bn=bn)
+    out = [jax.ShapeDtypeStruct((m, n), x.dtype)]
+    return _call(kernel, "nf4_few_rows_sum", inputs, out, (-(-n // bn), -(-m // bm)), 4, 1)[0]
+
+
+def _few_kernel(refs, parts, thin_parts: Any = None, *, m, n, k, rows, rank, thin, config):
+    """Partial sums of a tile of W x^T or x W^T over one part of K; the first `thin` columns of programs do x A."""
+    column, split = pl.program_id(0), pl.program_id(1)
+    row = jnp.arange(rows)
+    row_ok = row < m
+
+    def base():
+        out = (column - thin) * config.bn + jnp.arange(config.bn)
+        out_ok = out < n
+        table = _load_table(refs["table"])
+        steps = k // BLOCK // config.splits // config.blocks
+
+        def step(i, acc):
+            first = (split * steps + i) * config.blocks
+            scales = _scales_of_group(refs, out, out_ok, first, config, k // BLOCK)
+            for j in range(config.blocks):
+                half = (first + j) * (BLOCK // 2) + jnp.arange(BLOCK // 2)
+                packed = plgpu.load(refs["packed"].at[out[:, None], half[None, :]], mask=out_ok[:, None], other=0)
+                column_of_x = (first + j) * BLOCK + jnp.arange(BLOCK)
+                x = plgpu.load(refs["x"].at[row[:, None], column_of_x[None, :]], mask=row_ok[:, None], other=0)
+                w = _values(packed, table)
+                if config.weight_left:
+                    acc += plgpu.dot(w, x, trans_b=True) * scales[j][:, None]
+                else:
+                    acc += plgpu.dot(x, w, trans_b=True) * scales[j][None, :]
+            return acc
+
+        shape = (config.bn, rows) if config.weight_left else (rows, config.bn)
+        acc = jax.lax.fori_loop(0, steps, step, jnp.zeros(shape, jnp.float32))
+        index, mask = (row[:, None], out[None, :]), row_ok[:, None] & out_ok[None, :]
+        if config.weight_left:
+            index, mask = (row[None, :], out[:, None]), row_ok[None, :] & out_ok[:, None]
+        plgpu.store(parts.at[split, *index], acc, mask=mask)
+
+    def adapter():
+        part, lane = column * config.splits + split, jnp.arange(rank)
+        acc = jnp.zeros((rows, rank), jnp.float32)
+        for i in range(2):
+            col = part * _THIN_K + i * (_THIN_K // 2) + jnp.arange(_THIN_K // 2)
+            mask = row_ok[:, None] & (col < k)[None, :]
+            x = plgpu.load(refs["x"].at[row[:, None], col[None, :]], mask=mask, other=0)
+            mask = (col < k)[:, None] & (lane < refs["a"].shape[1])[None, :]
+            acc += plgpu.dot(
+                x, plgpu.load(refs["a"].at[col[:, None], lane[None, :]], mask=mask, other=0).astype(x.dtype)
+            )
+        plgpu.store(thin_parts.at[part, row[:, None], lane[None, :]], acc, mask=row_ok[:, None])
+
+    if thin:
+        pl.when(column < thin)(adapter)
+        pl.when(column >= thin)(base)
+    else:
+        base()
+
+
+def _sum_kernel(refs, y, *, scale, bm, bn):
+    """Adds the partial sums in order, then scale (x A) B."""
+    (m, n), splits = y.shape, refs["parts"].shape[0]
+    row, col = pl.program_id(1) * bm + jnp.arange(bm), pl.program_id(0) * bn + jnp.arange(bn)
+    row_ok, col_ok = row < m, col < n
+    index, mask = (row[:, None], col[None, :]), row_ok[:, None] & col_ok[None, :]
+    acc = jnp.zeros((bm, bn), jnp.float32)
+    for split in range(splits):
+        acc += plgpu.load(refs["parts"].at[split, *index], mask=mask, other=0)
+    if "b" in refs:
+        count, _, rank = refs["thin"].shape
+        lane = jnp.arange(rank)
+        thin = jnp.zeros((bm, rank), jnp.float32)
+        for part in range(count):
+            thin += plgpu.load(refs["thin"].at[part, row[:, None], lane[None, :]], mask=row_ok[:, None], other=0)
+        mask_b = (lane < refs["b"].shape[0])[:, None] & col_ok[None, :]
+        b = plgpu.load(refs["b"].at[lane[:, None], col[None, :]], mask=mask_b, other=0) * np.float32(scale)
+        acc += plgpu.dot(thin.astype(y.dtype), b.astype(y.dtype))
+    plgpu.store(y.at[index], acc.astype(y.dtype), mask=mask)
+
+
+def many_rows(x: jax.Array, w: NF4Weight, a=None, b=None, scale: float = 1.0, *, config: ManyRows) -> jax.Array:
+    """`matmul` for any number of rows, bound by the tensor cores."""
+    (m, k), n = x.shape, w.shape[0]
+    inputs = dict(x=x, table=_table_words(), **_weight_arrays(w))
+    if a is not None and b is not None:
+        rank = _padded_rank(a)
+        thin = jnp.dot(x, a.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+        inputs |= dict(thin=_pad_rank(thin, rank), b=_pad_rank((scale * b).astype(x.dtype).T, rank))
+    kernel = functools.partial(_many_kernel, k=k, config=config)
+    out = [jax.ShapeDtypeStruct((m, n), x.dtype)]
+    grid = (-(-m // config.bm) * -(-n // config.bn),)
+    return _call(kernel, "nf4_many_rows", inputs, out, grid, config.warps, config.stages)[0]
+
+
+def _many_kernel(refs, y, *, k, config):
+    """One tile of x W^T + (x A) B, or of its transpose."""
+    (m, n), bm, bn, bk = y.shape, config.bm, config.bn, config.bk
+    row_tile, col_tile = _tile(m, n, config)
+    row, col = row_tile * bm + jnp.arange(bm), col_tile * bn + jnp.arange(bn)
+    row_ok, col_ok = row < m, col < n
+    table = _load_table(refs["table"])
+    left = config.weight_left
+
+    def step(i, acc):
+        x = _load(refs["x"], row, i * bk + jnp.arange(bk), row_ok if m % bm else None)
+        packed = _load(refs["packed"], col, i * (bk // 2) + jnp.arange(bk // 2), col_ok if n % bn else None)
+        w = _scaled(refs, packed, table, col, i * (bk // BLOCK), k // BLOCK, col_ok if n % bn else None)
+        return acc + (plgpu.dot(w, x, trans_b=True) if left else plgpu.dot(x, w, trans_b=True))
+
+    acc = jax.lax.fori_loop(0, k // bk, step, jnp.zeros((bn, bm) if left else (bm, bn), jnp.float32))
+    if "b" in refs:
+        lane = jnp.arange(refs["b"].shape[1])
+        thin, b = _load(refs["thin"], row, lane, row_ok), _load(refs["b"], col, lane, col_ok)
+        acc += plgpu.dot(b, thin, trans_b=True) if left else plgpu.dot(thin, b, trans_b=True)
+    index, mask = (row[:, None], col[None, :]), row_ok[:, None] & col_ok[None, :]
+    if left:
+        index, mask = (row[None, :], col[:, None]), row_ok[None, :] & col_ok[:, None]
+    plgpu.store(y.at[index], acc.astype(y.dtype), mask=mask if m % bm or n % bn else None)
+
+
+def many_rows_transposed(dy: jax.Array, w: NF4Weight, a=None, b=None, scale=1.0, *, config: ManyRows) -> jax.Array:
+    """dx = dy W + scale (dy b^T) a^T for dy [M, N] bfloat16: [M, K] in bfloat16. `config.bn` must divide K."""
+    (m, _n), k = dy.shape, w.shape[1]
+    if k % config.bn or config.bn % BLOCK:
+        raise ValueError(f"{config}: bn must be a multiple of {BLOCK} and divide K = {k}")
+    inputs = dict(x=dy, table=_table_words(), **_weight_arrays(w))
+    if a is not None and b is not None:
+        rank = _padded_rank(a)
+        thin = jnp.dot(dy, (scale * b).astype(dy.dtype).T, preferred_element_type=jnp.float32).astype(dy.dtype)
+        inputs |= dict(thin=_pad_rank(thin, rank), a=_pad_rank(a.astype(dy.dtype), rank))
+    kernel = functools.partial(_transposed_kernel, config=config)
+    out = [jax.ShapeDtypeStruct((m, k), dy.dtype)]
+    grid = (-(-m // config.bm) * (k // config.bn),)
+    return _call(kernel, "nf4_many_rows_transposed", inputs, out, grid, config.warps, config.stages)[0]
+
+
+def _transposed_kernel(refs, dx, *, config):
+    """One tile of dy W + (dy B^T) A^T."""
+    (m, k), n, bm, bn, bk = dx.shape, refs["x"].shape[1], config.bm, config.bn, config.bk
+    row_tile, col_tile = _tile(m, k, config)
+    row, col = row_tile * bm + jnp.arange(bm), col_tile * bn + jnp.arange(bn)
+    row_ok = row < m
+    half = col_tile * (bn // 2) + jnp.arange(bn // 2)
+    table = _load_table(refs["table"])
+
+    def step(i, acc):
+        out = i * bk + jnp.arange(bk)  # rows of W
+        out_ok = out < n if n % bk else None
+        packed = _load(refs["packed"], out, half, out_ok)
+        w = _scaled(refs, packed, table, out, col_tile * (bn // BLOCK), k // BLOCK, out_ok)
+        mask = None
+        if m % bm or n % bk:
+            mask = row_ok[:, None] & (out < n)[None, :]
+        dy = plgpu.load(refs["x"].at[row[:, None], out[None, :]], mask=mask, other=None if mask is None else 0)
+        return acc + plgpu.dot(dy, w)
+
+    acc = jax.lax.fori_loop(0, -(-n // bk), step, jnp.zeros((bm, bn), jnp.float32))
+    if "a" in refs:
+        lane = jnp.arange(refs["a"].shape[1])
+        acc += plgpu.dot(_load(refs["thin"], row, lane, row_ok), _load(refs["a"], col, lane, None), trans_b=True)
+    mask = row_ok[:, None] if m % bm else None
+    plgpu.store(dx.at[row[:, None], col[None, :]], acc.astype(dx.dtype), mask=mask)
+
+
+def _tile(m, n, config):
+    """(row tile, column tile) of this program: `group` row tiles go over all columns before the next ones begin."""
+    rows, cols = -(-m // config.bm), -(-n // config.bn)
+    first = pl.program_id(0) // (config.group * cols) * config.group
+    size = jnp.minimum(rows - first, config.group)
+    within = pl.program_id(0) % (config.group * cols)
+    return first + within % size, within // size
+
+
+def _load(ref, row, col, row_ok):
+    """The tile of a matrix at these rows and columns; rows that are not ok are 0."""
+    mask = None if row_ok is None else row_ok[:, None]
+    return plgpu.load(ref.at[row[:, None], col[None, :]], mask=mask, other=None if mask is None else 0)
+
+
+def _call(kernel, name, inputs, out, grid, warps, stages):
+    """Runs `kernel(refs by name, *output refs)` with whole arrays as refs."""
+    params = None if interpret() else plgpu.CompilerParams(num_warps=warps, num_stages=stages)
+    call = pl.pallas_call(kernel, grid=grid, out_shape=out, name=name, interpret=interpret(), compiler_params=params)
+    return call(inputs)
+
+
+def _weight_arrays(w: NF4Weight) -> dict[str, Any]:
+    arrays: dict[str, Any] = dict(packed=w.packed, absmax=w.absmax)
+    if w.double_quantized:
+        arrays |= dict(nested_absmax=w.nested_absmax, nested_offset=w.nested_offset, nested_code=w.nested_code)
+    return arrays
+
+
+def _padded_rank(a) -> int:
+    """Columns of the adapter's tiles: the tensor core wants 16 or more, Triton powers of two."""
+    return 0 if a is None else max(16, pl.next_power_of_2(a.shape[1]))
+
+
+def _pad_rank(x, rank):
+    return jnp.pad(x, ((0, 0), (0, rank - x.shape[1])))
+
+
+def _scales_of_group(refs, out, out_ok, first, config, blocks_of_row):
+    """float32 [len(out)] absmax / STRETCH for each block of a step from `first` on; they share a nested scale."""
+    factor: Any = _INVERSE
+    if "nested_code" in refs:
+        group = (out * blocks_of_row + first) // NESTED_BLOCK
+        factor = plgpu.load(refs["nested_absmax"].at[group], mask=out_ok, other=0) * _INVERSE
+
+    def decode(stored, factor):
+        if "nested_code" not in refs:
+            return stored * factor
+        code = plgpu.load(refs["nested_code"].at[stored.astype(jnp.int32)])
+        return code * factor + refs["nested_offset"][...] * _INVERSE
+
+    if not config.together:
+        stored = [plgpu.load(refs["absmax"].at[out, first + j], mask=out_ok, other=0) for j in range(config.blocks)]
+        return [decode(s, factor) for s in stored]
+    block = jnp.arange(config.blocks)
+    stored = plgpu.load(refs["absmax"].at[out[:, None], (first + block)[None, :]], mask=out_ok[:, None], other=0)
+    scales = decode(stored, factor[:, None] if "nested_code" in refs else factor)
+    return [jnp.sum(jnp.where((block == j)[None, :], scales, 0), axis=1) for j in range(config.blocks)]
+
+
+def _scaled(refs, packed, table, out, first, blocks_of_row, out_ok):
+    """bf16 weights [len(out), 2 * half] of packed [len(out), half], whose first block is `first`."""
+    rows, count = packed.shape[0], packed.shape[1] // (BLOCK // 2)
+    block = first + jnp.arange(count)
+    scales = _load(refs["absmax"], out, block, out_ok)
+    if "nested_code" in refs:
+        mask = None if out_ok is None else out_ok[:, None]
+        group = (out[:, None] * blocks_of_row + block[None, :]) // NESTED_BLOCK
+        factor = plgpu.load(refs["nested_absmax"].at[group], mask=mask, other=None if mask is None else 0) * _INVERSE
+        code = plgpu.load(refs["nested_code"].at[scales.astype(jnp.int32)])
+        scales = code * factor + refs["nested_offset"][...] * _INVERSE
+    else:
+        scales = scales * _INVERSE
+    scales = jnp.broadcast_to(scales[:, :, None], (rows, count, BLOCK // 2)).reshape(packed.shape)
+    return _values(packed, table, scales)
+
+
+def _table_words() -> jax.Array:
+    """int32 [8]: the low bytes of the sixteen table values, four in a word, then the high bytes."""
+    bits = _TABLE.view(np.uint16)
+    return jnp.asarray(np.concatenate([bits & 255, bits >> 8]).astype(np.uint8).view(np.int32))
+
+
+def _load_table(ref):
+    """The eight words as int32 [1] each."""
+    words = [ref[pl.ds(i, 1)] for i in range(8)]
+    if interpret():
+        return words
+    # The mask of lower lanes never has its top bit set, but ptxas does not know. It would take the words for equal in
+    # all lanes, keep them in uniform registers and copy them back at each use, an instruction a weight.
+    asm = "{ .reg .b32 lanes; mov.u32 lanes, %lanemask_lt; shr.u32 lanes, lanes, 31; xor.b32 $0, $1, lanes; }"
+    return [_asm(asm, [word], "=r,r", 1, jnp.int32) for word in words]
+
+
+def _values(packed, table, scales=None):
+    """uint8 [n, h] of two codes a byte, the first in the high nibble -> bf16 [n, 2 h], table values in order.
+
+    With `scales` (float32 [n, h], one for both codes of a byte) they are multiplied by them and rounded once.
+    """
+    if interpret():
+        pair = [_select(packed >> 4), _select(packed & 15)]
+        if scales is not None:
+            pair = [(v.astype(jnp.float32) * scales).astype(jnp.bfloat16) for v in pair]
+    else:
+        args = [packed, *(jnp.broadcast_to(word[:, None], packed.shape) for word in table)]
+        if scales is not None:
+            high = scales.astype(jnp.bfloat16)
+            args += [_twice(high), _twice((scales - high.astype(jnp.float32)).astype(jnp.bfloat16))]
+        constraints = "=r,=r,=r,=r,r" + ",r" * (4 * len(args) - 4)
+        both = _asm(_look_up_asm(scales is not None), args, constraints, 4, jnp.int32)
+        pair = [both.astype(jnp.int16), jax.lax.shift_right_logical(both, jnp.int32(16)).astype(jnp.int16)]
+        pair = [jax.lax.bitcast_convert_type(v, jnp.bfloat16) for v in pair]
+    return jnp.stack(pair, axis=-1).reshape(packed.shape[0], 2 * packed.shape[1])
+
+
+def _twice(x):
+    """The bits of a bf16 number in both halves of an int32."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int16).astype(jnp.int32) & 0xFFFF
+    return bits | bits << 16
+
+
+def _select(codes):
+    """The table value of each code, for interpret mode."""
+    level = [jnp.bfloat16(value) for value in _TABLE]
+    for bit in range(4):
+        level = [jnp.where((codes >> bit & 1) > 0, level[i + 1], level[i]) for i in range(0, len(level), 2)]
+    return level[0]
+
+
+def _asm(code, args, constraints, pack, dtype):
+    shape = jax.ShapeDtypeStruct(args[0].shape, dtype)
+    return plgpu.elementwise_inline_asm(
+        code, args=args, constraints=constraints, pack=pack, result_shape_dtypes=[shape]
+    )[0]
+
+
+@functools.cache
+def _look_up_asm(scaled: bool) -> str:
+    """PTX: four packed bytes $4 -> four registers $0 to $3, each the two bf16 values of a byte, first code below.
+
+    Operand $(5 + 4 i) is word i of the table (an argument comes once for each of the four bytes). `prmt` picks four of
+    eight bytes by three-bit numbers, so both halves of the table are looked up and the codes' fourth bits, spread to
+    whole bytes (bit 3 of a selector repeats the sign of the byte), choose between them. Scales come as two bf16
+    numbers, the first rounded and the second what is left: value * first + (value * second) rounds as the product with
+    a scale of 16 bits would, in two instructions for two weights.
+    """
+    low, high = [f"${5 + 4 * i}" for i in range(4)], [f"${5 + 4 * i}" for i in range(4, 8)]
+    lines = ["{ .reg .b32 codes, upper, shifted, mask, p, q, l, h, minus_zero;"]
+    lines.append("mov.b32 minus_zero, 0x80008000;")
+    lines += ["and.b32 codes, $4, 0x77777777;", "shr.u32 upper, codes, 16;", "shl.b32 shifted, $4, 4;"]
+    for codes, spread, first in (("codes", "0x9D8C", 0), ("upper", "0xBFAE", 2)):
+        lines.append(f"prmt.b32 mask, $4, shifted, {spread};")
+        for byte, words in (("l", low), ("h", high)):
+            lines.append(f"prmt.b32 p, {words[0]}, {words[1]}, {codes};")
+            lines.append(f"prmt.b32 q, {words[2]}, {words[3]}, {codes};")
+            lines.append(f"lop3.b32 {byte}, p, q, mask, 0xD8;")  # mask ? q : p
+        for out, order in ((first, "0x4051"), (first + 1, "0x6273")):
+            if scaled:
+                lines.append(f"prmt.b32 p, l, h, {order};")
+                lines.append(f"fma.rn.bf16x2 q, p, ${41 + out}, minus_zero;")
+                lines.append(f"fma.rn.bf16x2 ${out}, p, ${37 + out}, q;")
+            else:
+                lines.append(f"prmt.b32 ${out}, l, h, {order};")
+    return "\n".join([*lines, "}"])

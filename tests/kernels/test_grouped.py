@@ -1,0 +1,161 @@
+"""grouped_lora_matmul against the definition written out in float64, row by row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.kernels.grouped import grouped_lora_matmul, xla
+from lora_jax.kernels.nf4 import dequantize, quantize
+
+ROUTING = {  # rows of 4 experts, and rows in all
+    "even": ([8, 8, 8, 8], 32),
+    "skewed, empty experts": ([0, 29, 0, 3], 32),
+    "rows left over": ([5, 0, 7, 1], 20),
+    "one row": ([0, 0, 1, 0], 1),
+    "no row routed": ([0, 0, 0, 0], 3),
+    "odd": ([17, 1, 40, 19], 77),
+}
+
+
+def case(experts, n, k, rank, m, base, dtype, seed=0):
+    """(x, weight, dense float64 weights, a, b, dy)."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *s: rng.normal(size=s)  # noqa: E731
+    w = jnp.asarray(draw(experts, n, k) / np.sqrt(k), jnp.float32)
+    if base == "float":
+        weight = w.astype(dtype)
+        dense = weight
+    else:
+        one = [quantize(part, base == "nf4-double") for part in w]
+        weight = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one)
+        dense = dequantize(weight, dtype)
+    a, b = draw(experts, k, rank) / np.sqrt(k), draw(experts, rank, n) / np.sqrt(rank)
+    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    return jnp.asarray(draw(m, k), dtype), weight, np.asarray(dense, np.float64), a, b, jnp.asarray(draw(m, n), dtype)
+
+
+def reference(x, dense, sizes, a, b, scale, dy):
+    """y, dx, da, db in float64, one row at a time."""
+    x, a, b, dy = (np.asarray(z, np.float64) for z in (x, a, b, dy))
+    y, dx, da, db = np.zeros((len(x), dense.shape[1])), np.zeros_like(x), np.zeros_like(a), np.zeros_like(b)
+    for row, e in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
+        whole = dense[e].T + scale * a[e] @ b[e]
+        y[row], dx[row] = x[row] @ whole, dy[row] @ whole.T
+        outer = scale * np.outer(x[row], dy[row])
+        da[e] += outer @ b[e].T
+        db[e] += a[e].T @ outer
+    return y, dx, da, db
+
+
+def relative(got, want) -> float:
+    got = np.asarray(got, np.float64)
+    assert np.isfinite(got).all()
+    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))
+
+
+def run(x, weight, sizes, a, b, dy, scale=0.7, implementation=None):
+    sizes = jnp.asarray(sizes, jnp.int32)
+
+    def f(x, a, b):
+        return grouped_lora_matmul(x, weight, sizes, a, b, scale, implementation=implementation)
+
+    @jax.jit
+    def both(x, a, b, dy):
+        y, pull = jax.vjp(f, x, a, b)
+        return y, *pull(dy)
+
+    return both(x, a, b, dy)
+
+
+def check(implementation, routing, shape, rank, base, dtype):
+    sizes, m = ROUTING[routing]
+    x, weight, dense, a, b, dy = case(4, *shape, rank, m, base, dtype)
+    got = run(x, weight, sizes, a, b, dy, implementation=implementation)
+    want = reference(x, dense, sizes, a, b, 0.7, dy)
+    # Sums of up to a few hundred products in float32: 1e-5. With bfloat16 operands each factor is rounded to 2^-9.
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    assert got[0].dtype == x.dtype
+    for name, g, w in zip(("y", "dx", "da", "db"), got, want, strict=True):
+        assert relative(g, w) < tolerance, name
+    for g in got[:2]:
+        assert not np.asarray(g, np.float32)[sum(sizes) :].any()  # rows of no expert
+    for name, one, again in zip(
+        "yxab", got, run(x, weight, sizes, a, b, dy, implementation=implementation), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(again), err_msg=name)
+
+
+@pytest.mark.parametrize("routing", ROUTING)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_all_gradients_against_float64(routing, dtype):
+    check("xla", routing, (96, 128), 5, "nf4-double", dtype)
+
+
+@pytest.mark.parametrize(("base", "shape"), [("float", (50, 36)), ("nf4", (48, 96)), ("nf4-double", (96, 64))])
+def test_bases_and_odd_shapes(base, shape):
+    check("xla", "odd", shape, 3, base, jnp.float32)
+
+
+def test_blocks_of_rows_overhang_into_the_next_expert(monkeypatch):
+    """The rows of an expert are taken in blocks; the last one reads and must leave alone the rows that follow."""
+    monkeypatch.setattr(xla, "BLOCK_ROWS", 16)
+    for routing in ("odd", "rows left over", "skewed, empty experts"):
+        check("xla", routing, (64, 64), 4, "float", jnp.float32)
+
+
+def test_without_an_adapter_and_single_expert():
+    x, weight, dense, _, _, dy = case(1, 64, 128, 2, 9, "nf4-double", jnp.float32)
+    sizes = jnp.asarray([9], jnp.int32)
+    y, pull = jax.vjp(lambda x: grouped_lora_matmul(x, weight, sizes), x)
+    assert relative(y, np.asarray(x, np.float64) @ dense[0].T) < 1e-5
+    assert relative(pull(dy)[0], np.asarray(dy, np.float64) @ dense[0]) < 1e-5
+    assert grouped_lora_matmul(x[:0], weight, sizes * 0).shape == (0, 64)
+
+
+def test_rows_of_no_expert_may_hold_anything():
+    sizes, m = ROUTING["rows left over"]
+    x, weight, _, a, b, dy = case(4, 64, 64, 4, m, "float", jnp.float32)
+    want = run(x, weight, sizes, a, b, dy)
+    got = run(x.at[sum(sizes) :].set(jnp.nan), weight, sizes, a, b, dy.at[sum(sizes) :].set(jnp.nan))
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(g), np.asarray(w))
+
+
+def test_frozen_weights_are_no_residual():
+    """Backward keeps x, the packed weights, A and B: nothing of the size of the dense weights."""
+    x, weight, _, a, b, _ = case(4, 192, 256, 4, 24, "nf4-double", jnp.float32)
+    sizes = jnp.asarray([6, 6, 6, 6], jnp.int32)
+    _, pull = jax.vjp(lambda x, a, b: grouped_lora_matmul(x, weight, sizes, a, b), x, a, b)
+    kept = {leaf.shape for leaf in jax.tree.leaves(pull) if hasattr(leaf, "shape")}
+    assert (4, 192, 128) in kept
+    assert max(int(np.prod(shape)) for shape in kept) == 4 * 192 * 128
+
+
+def test_refuses():
+    x, w, _, a, b, _ = case(4, 64, 128, 4, 8, "float", jnp.float32)
+    sizes = jnp.asarray([2, 2, 2, 2], jnp.int32)
+    with pytest.raises(ValueError, match=r"does not fit weights .* want \[M, 128\]"):
+        grouped_lora_matmul(x[:, 1:], w, sizes)
+    with pytest.raises(ValueError, match=r"4 experts want \(4,\)"):
+        grouped_lora_matmul(x, w, sizes[1:])
+    with pytest.raises(ValueError, match="both LoRA factors"):
+        grouped_lora_matmul(x, w, sizes, a)
+    with pytest.raises(ValueError, match="do not fit"):
+        grouped_lora_matmul(x, w, sizes, a, b[:, 1:])
+    with pytest.raises(ValueError, match="'cuda' is unknown; known are"):
+        grouped_lora_matmul(x, w, sizes, a, b, implementation="cuda")
+
+
+@pytest.mark.parametrize(
+    ("routing", "shape", "rank", "base"),
+    [
+        ("odd", (96, 64), 5, "nf4-double"),
+        ("rows left over", (50, 36), 3, "float"),  # neither divides the tiles
+        ("skewed, empty experts", (64, 128), 16, "nf4"),
+        ("even", (48, 192), 4, "nf4-double"),  # few rows an expert, K no multiple of the step
+        ("no row routed", (64, 64), 2, "float"),
+    ],
+)
+def test_triton_in_the_interpreter(routing, shape, rank, base):
+    check("triton", routing, shape, rank, base, jnp.bfloat16)

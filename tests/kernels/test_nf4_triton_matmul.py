@@ -1,0 +1,182 @@
+"""The Triton matmuls of NF4 weights, in interpret mode where there is no GPU, against float64."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.kernels.nf4 import dequantize, lora_matmul, quantize
+from lora_jax.kernels.nf4 import triton_matmul as tm
+from lora_jax.kernels.nf4.format import CODE
+
+SCALE = 2.0
+
+
+def float64(x):
+    return np.asarray(x.astype(jnp.float32)).astype(np.float64)
+
+
+def problem(m, n, k, rank, double_quantize, seed=0):
+    """x [m, k], dy [m, n], weight, LoRA factors (None for rank 0)."""
+    rng = np.random.default_rng(seed)
+    w = quantize(jnp.asarray(rng.normal(size=(n, k)) * 0.02, jnp.float32), double_quantize)
+    x, dy = (jnp.asarray(rng.normal(size=(m, size)), jnp.bfloat16) for size in (k, n))
+    if not rank:
+        return x, dy, w, None, None
+    a = jnp.asarray(rng.normal(size=(k, rank)) / np.sqrt(k), jnp.float32)
+    return x, dy, w, a, jnp.asarray(rng.normal(size=(rank, n)) * 0.02, jnp.float32)
+
+
+def forward64(x, w, a, b):
+    base = float64(x) @ float64(dequantize(w, jnp.float32)).T
+    return base if a is None else base + SCALE * (float64(x) @ float64(a)) @ float64(b)
+
+
+def check(run, want, standard, bound):
+    """Every output is written, two runs are equal, the error is at most `bound` times the standard computation's."""
+    got = run()
+    assert got.shape == want.shape
+    assert got.dtype == jnp.bfloat16
+    assert np.isfinite(float64(got)).all()  # interpret mode fills outputs with NaN before the kernel runs
+    np.testing.assert_array_equal(float64(got), float64(run()))
+    error, usual = (np.linalg.norm(float64(y) - want) for y in (got, standard))
+    assert error <= bound * usual, (error / usual, np.abs(want).max())
+
+
+@pytest.mark.parametrize(("left", "double_quantize"), [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "rank", "blocks", "splits"),
+    [(1, 130, 256, 16, 2, 2), (3, 77, 192, 5, 1, 3), (16, 64, 64, 0, 1, 1), (33, 77, 256, 17, 4, 1)],
+)
+def test_few_rows(m, n, k, rank, blocks, splits, left, double_quantize):
+    x, _, w, a, b = problem(m, n, k, rank, double_quantize)
+    config = tm.FewRows(bn=64, blocks=blocks, splits=splits, weight_left=left, together=m > 1)
+    assert tm.why_not(x, w, a, b) is None
+    standard = lora_matmul(x, w, a, b, SCALE, implementation="xla")
+    # The weight's only rounding is half of the standard one's: 0.8 times its error, and some chance with few outputs.
+    check(lambda: tm.matmul(x, w, a, b, SCALE, config=config), forward64(x, w, a, b), standard, 1.0)
+
+
+@pytest.mark.parametrize(("left", "double_quantize"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("m", "n", "k", "rank", "bk"), [(77, 130, 128, 16, 64), (128, 64, 256, 0, 128)])
+def test_many_rows(m, n, k, rank, bk, left, double_quantize):
+    x, _, w, a, b = problem(m, n, k, rank, double_quantize)
+    config = tm.ManyRows(bm=32, bn=64, bk=bk, group=2, weight_left=left)
+    standard = lora_matmul(x, w, a, b, SCALE, implementation="xla")
+    # Two roundings of the weight, 3.0e-4 and 6.3e-4, beside that of the result: 1.08 times the standard error.
+    check(lambda: tm.matmul(x, w, a, b, SCALE, config=config), forward64(x, w, a, b), standard, 1.1)
+
+
+@pytest.mark.parametrize("double_quantize", [True, False])
+@pytest.mark.parametrize(("m", "n", "k", "rank", "bn"), [(77, 130, 128, 16, 64), (64, 64, 256, 0, 128)])
+def test_many_rows_transposed(m, n, k, rank, bn, double_quantize):
+    x, dy, w, a, b = problem(m, n, k, rank, double_quantize)
+    config = tm.ManyRows(bm=32, bn=bn, bk=32, group=2)
+    want = float64(dy) @ float64(dequantize(w, jnp.float32))
+    if a is not None:
+        want = want + SCALE * (float64(dy) @ float64(b).T) @ float64(a).T
+    _, pullback = jax.vjp(lambda x: lora_matmul(x, w, a, b, SCALE, implementation="xla"), x)
+    check(lambda: tm.many_rows_transposed(dy, w, a, b, SCALE, config=config), want, pullback(dy)[0], 1.1)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 77, 64), (40, 130, 320), (65, 64, 128)])
+def test_chosen_configuration(m, n, k):
+    x, _, w, a, b = problem(m, n, k, 4, True)
+    standard = lora_matmul(x, w, a, b, SCALE, implementation="xla")
+    check(lambda: tm.matmul(x, w, a, b, SCALE), forward64(x, w, a, b), standard, 1.1)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_look_up_assembly(scaled):
+    """The PTX, executed here for all bytes: the values of both codes, in order, and their products with scales."""
+    rng = np.random.default_rng(0)
+    every = np.arange(256, dtype=np.uint8)
+    packed = rng.permutation(every).reshape(-1, 4)
+    scales = rng.uniform(0.01, 0.1, size=(4,)).astype(np.float32)
+    high = scales.astype(jnp.bfloat16)
+    low = (scales - high.astype(np.float32)).astype(jnp.bfloat16)
+
+    def twice(x):
+        return x.view(np.uint16).astype(np.uint32) * 0x10001
+
+    table = np.asarray(tm._table_words()).view(np.uint32)
+    for word in packed:
+        inputs = [word.view(np.uint32)[0], *np.repeat(table, 4)] + ([*twice(high), *twice(low)] if scaled else [])
+        out = run_ptx(tm._look_up_asm(scaled), dict(zip((f"${i}" for i in range(4, 99)), inputs, strict=False)))
+        got = (
+            np.array([out[f"${i}"] for i in range(4)], np.uint32).view(np.uint16).view(jnp.bfloat16).astype(np.float32)
+        )
+        codes = np.stack([word >> 4, word & 15], axis=1).reshape(-1)
+        want = tm._TABLE[codes].astype(np.float32)
+        if scaled:  # one rounding, of a scale that has 16 bits
+            want = (want.astype(np.float64) * np.repeat(scales, 2)).astype(np.float32)
+            np.testing.assert_allclose(got, want, rtol=2.0**-8 * 1.01)
+            nearest = want.astype(jnp.bfloat16).astype(np.float32)
+            assert (got != nearest).mean() <= 0.25
+        else:
+            np.testing.assert_array_equal(got, want)
+
+
+def run_ptx(code, registers):
+    """The few instructions of the look-up, on Python integers."""
+
+    def value(name):
+        return int(registers[name]) if name in registers else int(name, 0)
+
+    def halves(x):
+        return np.array([x], np.uint32).view(np.uint16).view(jnp.bfloat16).astype(np.float64)
+
+    for line in re.sub(r"[{}]|\.reg[^;]*;", "", code).split(";"):
+        if not line.strip():
+            continue
+        name, *operands = re.split(r"[\s,]+", line.strip())
+        out, *args = operands
+        if name == "mov.b32":
+            result = value(args[0])
+        elif name == "and.b32":
+            result = value(args[0]) & value(args[1])
+        elif name == "shr.u32":
+            result = value(args[0]) >> value(args[1])
+        elif name == "shl.b32":
+            result = value(args[0]) << value(args[1]) & 0xFFFFFFFF
+        elif name == "prmt.b32":
+            pool, select, result = value(args[0]) | value(args[1]) << 32, value(args[2]), 0
+            for i in range(4):
+                nibble = select >> 4 * i & 15
+                byte = pool >> 8 * (nibble & 7) & 255
+                result |= (byte if nibble < 8 else 255 * (byte >> 7)) << 8 * i
+        elif name == "lop3.b32":
+            p, q, mask = (value(arg) for arg in args[:3])
+            assert args[3] == "0xD8"
+            result = p & ~mask | q & mask
+        else:
+            assert name == "fma.rn.bf16x2"
+            x, y, z = (halves(value(arg)) for arg in args)
+            result = int((x * y + z).astype(jnp.bfloat16).view(np.uint32)[0])
+        registers[out] = result
+    return registers
+
+
+def test_table_is_the_code():
+    """Stretched and rounded to bf16, the table is nearer to the code than the code rounded to bf16."""
+    table = tm._TABLE.astype(np.float64) / tm._STRETCH
+    np.testing.assert_allclose(table, CODE, atol=2.0**-9)
+    middle = np.abs(CODE) < 0.9  # the ends, 1 and -1, are exact only unstretched
+    rounded = CODE.astype(jnp.bfloat16).astype(np.float64)
+    assert np.linalg.norm((table - CODE)[middle]) < 0.7 * np.linalg.norm((rounded - CODE)[middle])
+
+
+def test_why_not_and_errors():
+    x, _, w, a, b = problem(4, 64, 128, 4, True)
+    assert "bfloat16" in tm.why_not(x.astype(jnp.float32), w, a, b)
+    assert "not NF4" in tm.why_not(x, jnp.zeros((64, 128)), a, b)
+    odd = quantize(jnp.ones((64, 96)))
+    assert "K = 96" in tm.why_not(x[:, :96], odd)
+    with pytest.raises(NotImplementedError, match="multiple of 64"):
+        tm.matmul(x[:, :96], odd)
+    with pytest.raises(ValueError, match="splits"):
+        tm.few_rows(x, w, a, b, config=tm.FewRows(splits=3))
+    with pytest.raises(ValueError, match="at most 64 rows"):
+        tm.few_rows(jnp.zeros((65, 128), jnp.bfloat16), w, config=tm.FewRows())
