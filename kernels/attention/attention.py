@@ -50,7 +50,8 @@ def flash_attention(
       scale: factor of the scores; None for 1 / sqrt(H).
       sinks: [N], for each query head the score of one more key whose value is zero (gpt-oss); it is neither scaled
         nor capped. None for none.
-      implementation: "xla", "cudnn", "triton", "mosaic", or None to choose by device and arguments.
+      implementation: "xla", "cudnn" (its gradients differ from run to run in the last bits), "triton", "mosaic"
+        (Hopper), or None to choose by device and arguments.
 
     Returns:
       [B, T, N, Hv] in the dtype of q.
@@ -95,10 +96,14 @@ def _check_shapes(q, k, v, segment_start, sinks) -> None:
 
 
 def _preference(plain: bool) -> tuple[str, ...]:
-    """Implementations in the order to try them. Without a GPU the others run only when they are named."""
+    """Implementations in the order to try them. Without a GPU the others run only when they are named.
+
+    H100, 1 x 8192, 32 / 8 heads of 128, kernels of forward and of both: Mosaic 869 and 3529 us, cuDNN 885 and 3548,
+    Triton 1253 and 4700. All but cuDNN give the same bits every time.
+    """
     if default_platform() != "gpu":
         return ("xla",)
-    return ("cudnn", "triton", "xla") if plain else ("triton", "cudnn", "xla")
+    return ("mosaic", "cudnn", "triton", "xla") if plain else ("mosaic", "triton", "cudnn", "xla")
 
 
 def _module(name: str) -> ModuleType:
@@ -131,7 +136,8 @@ def _fused_fwd(q, k, v, segment_start, query_offset, sinks, options: _Options):
 def _fused_bwd(options: _Options, residuals, dout):
     q, k, v, segment_start, query_offset, sinks, out, lse = residuals
     grads = _backward(q, k, v, out, lse, dout, segment_start, query_offset, sinks, options)
-    return *grads[:3], None, None, grads[3] if sinks is not None else None
+    dsinks = None if sinks is None else grads[3].astype(sinks.dtype)
+    return *grads[:3], None, None, dsinks
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

@@ -91,13 +91,13 @@ def visible_keys(batch, length, keys, segment_start, query_offset, window):
     static = segment_start is None and isinstance(query_offset, int)
     xp = np if static else jnp
     position = xp.arange(length, dtype=np.int32)[None] + query_offset
-    hi = xp.minimum(position, keys - 1)
+    hi = xp.clip(position, -1, keys - 1)
     lo = xp.zeros((1, length), np.int32) if segment_start is None else segment_start.astype(np.int32)
     if window is not None:
         lo = xp.maximum(lo, position - window + 1)
     if not static:
         lo, hi = jnp.broadcast_to(lo, (batch, length)), jnp.broadcast_to(hi, (batch, length))
-    return lo.astype(np.int32), hi.astype(np.int32)
+    return xp.maximum(lo, 0).astype(np.int32), hi.astype(np.int32)
 
 
 def block_ranges(lo, hi, keys, config: Config):
@@ -113,21 +113,32 @@ def block_ranges(lo, hi, keys, config: Config):
     padding = ((0, 0), (0, -lo.shape[1] % config.block_q))
     lo = xp.pad(lo, padding, constant_values=keys)
     hi = xp.pad(hi, padding, constant_values=-1)
-    low, high = (x.reshape(x.shape[0], -1, 1, config.block_q) for x in (lo, hi))
-    first = xp.arange(0, keys, config.block_k, dtype=np.int32)
-    last = first + config.block_k - 1
-    visible = (low.min(-1) <= last) & (high.max(-1) >= first)
-    full = (low.max(-1) <= first) & (high.min(-1) >= last)
-    return lo, hi, _ranges(xp, visible, full), _ranges(xp, visible.swapaxes(1, 2), full.swapaxes(1, 2))
+    low, high = (x.reshape(x.shape[0], -1, config.block_q) for x in (lo, hi))
+    bounds = low.min(-1), low.max(-1), high.min(-1), high.max(-1)
+    return lo, hi, _key_blocks(xp, *bounds, config.block_k), _query_blocks(xp, *bounds, keys, config.block_k)
 
 
-def _ranges(xp, visible, full):
-    """(begin, full_begin, full_end, end) along the last axis; the middle two bound the first run of full blocks."""
+def _key_blocks(xp, low_min, low_max, high_min, high_max, block_k):
+    """(begin, full_begin, full_end, end) of every query block, from the extremes of its lo and hi."""
+    end = (high_max + block_k) // block_k
+    begin = xp.minimum(low_min // block_k, end)
+    full_begin = xp.clip((low_max + block_k - 1) // block_k, begin, end)
+    full_end = xp.clip((high_min + 1) // block_k, full_begin, end)
+    return xp.stack([begin, full_begin, full_end, end], axis=-1).astype(np.int32)
+
+
+def _query_blocks(xp, low_min, low_max, high_min, high_max, keys, block_k):
+    """The same of every key block: queries are in no order in general, so every pair of blocks is looked at."""
+    first = xp.arange(0, keys, block_k, dtype=np.int32)[:, None]
+    last = first + block_k - 1
+    low_min, low_max, high_min, high_max = (x[:, None] for x in (low_min, low_max, high_min, high_max))
+    visible = (low_min <= last) & (high_max >= first)
+    full = (low_max <= first) & (high_min >= last)
     n = visible.shape[-1]
     index = xp.arange(n, dtype=np.int32)
     end = xp.where(visible, index + 1, 0).max(-1)
     begin = xp.minimum(xp.where(visible, index, n).min(-1), end)
-    full_begin = xp.minimum(xp.where(full, index, n).min(-1), end)
+    full_begin = xp.minimum(xp.where(full, index, n).min(-1), end)  # of the first run of full blocks
     after = xp.where(~full & (index >= full_begin[..., None]), index, n).min(-1)
     return xp.stack([begin, full_begin, xp.minimum(after, end), end], axis=-1).astype(np.int32)
 
@@ -150,9 +161,9 @@ def load_rows(ref, start, rows: int, limit: int | None, *index):
 
 def load_vector(ref, start, rows: int, limit: int | None, *index):
     """ref[*index, start : start + rows], zeros from `limit` on."""
-    if limit is None:
-        return ref[(*index, pl.ds(start, rows))]
-    return plgpu.load(ref.at[(*index, pl.ds(start, rows))], mask=start + jnp.arange(rows) < limit, other=0.0)
+    mask = None if limit is None else start + jnp.arange(rows) < limit
+    other = None if limit is None else 0.0
+    return plgpu.load(ref.at[(*index, pl.ds(start, rows))], mask=mask, other=other)
 
 
 def store_rows(ref, start, tiles, limit: int | None):
@@ -175,7 +186,7 @@ def dot_parts(xs, ys):
     return functools.reduce(jnp.add, (dot(x, y.T) for x, y in zip(xs, ys, strict=True)))
 
 
-def exp2(x, factor=1.0, offset=0.0):
+def exp2(x, factor: jax.typing.ArrayLike = 1.0, offset: jax.typing.ArrayLike = 0.0):
     """2^(factor x + offset) in float32; offset broadcasts to x.
 
     On a GPU a multiply-add and one approximate power (relative error 2^-22, zero for results below 2^-126): the

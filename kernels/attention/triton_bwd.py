@@ -41,13 +41,18 @@ __all__ = ["backward"]
 # As triton.FORWARD.
 KEYS = (
     (90, 128, Config(64, 128, 8, 3)),
-    (90, 192, Config(32, 128, 8, 2)),
-    (90, 256, Config(32, 128, 8, 2)),
+    (90, 192, Config(64, 128, 8, 2)),
+    (90, 256, Config(64, 128, 8, 1)),
     (86, 64, Config(32, 64, 4, 2)),
     (86, 128, Config(32, 64, 4, 1)),
     (86, 256, Config(16, 32, 4, 1)),
     (80, 64, Config(64, 64, 4, 2)),
     (80, 128, Config(32, 128, 8, 2)),
+    (80, 256, Config(32, 32, 4, 1)),
+)
+VALUES = (  # dv alone
+    (90, 256, Config(64, 128, 8, 2)),
+    (86, 256, Config(16, 32, 4, 1)),
     (80, 256, Config(32, 32, 4, 1)),
 )
 QUERIES = (
@@ -75,7 +80,7 @@ def _keys_kernel(*refs, config, scale, softcap, lower, group, want):
     k_limit = keys if keys % block_k else None
     start_k = pl.program_id(1) * block_k
     k = load_rows(k_ref, start_k, block_k, k_limit)
-    v = load_rows(v_ref, start_k, block_k, k_limit) if "dk" in want else None
+    v = load_rows(v_ref, start_k, block_k, k_limit)
 
     def step(masked, block, head, sums):
         sums = dict(zip(want, sums, strict=True))
@@ -87,7 +92,7 @@ def _keys_kernel(*refs, config, scale, softcap, lower, group, want):
         delta = load_vector(delta_ref, start, block_q, limit, head)
         # Both products first: the second runs on the tensor cores beside the exponentials of the first.
         s = dot_parts(k, q)  # [block_k, block_q]
-        dp = dot_parts(v, dout) if "dk" in want else None
+        dp = dot_parts(v, dout) if "dk" in want else 0.0
         s, factor = capped(s, scale, softcap)
         p = exp2(s, factor, -lse[None, :])
         if masked:
@@ -228,11 +233,12 @@ def backward(
     lower = segment_start is not None or window is not None
     options = dict(scale=scale, softcap=softcap, lower=lower)
     args = (q, k, v, dout, lse * LOG2E, delta, lo, hi)  # kernels take powers of 2
-    config = configs[0] or choose(KEYS, dim, q.dtype)
+    of_keys, of_values = (configs[0] or choose(table, dim, q.dtype) for table in (KEYS, VALUES))
     if q.shape[-1] + v.shape[-1] <= TOGETHER:
-        dk, dv = _keys_gradient(*args, config, want=("dk", "dv"), **options)
+        dk, dv = _keys_gradient(*args, of_keys, want=("dk", "dv"), **options)
     else:
-        (dk,), (dv,) = (_keys_gradient(*args, config, want=(name,), **options) for name in ("dk", "dv"))
+        (dk,) = _keys_gradient(*args, of_keys, want=("dk",), **options)
+        (dv,) = _keys_gradient(*args, of_values, want=("dv",), **options)
     dq = _queries_gradient(*args, configs[1] or choose(QUERIES, dim, q.dtype), **options)
     if sinks is None:
         return dq, dk, dv

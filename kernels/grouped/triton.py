@@ -48,7 +48,7 @@ AMPERE = {
 }
 THIN = Tile(64, 16, 64, 4, 4)  # for products with as many columns as an adapter's rank
 OUTER = Tile(64, 64, 0, 4, 3)
-FEW_ROWS = 8  # on average for an expert, up to which the weights are decoded in the main loop
+FEW_ROWS = 16  # on average for an expert, up to which the weights are decoded in the main loop
 FEW = Tile(16, 32, 128, 4, 3)
 
 
@@ -160,13 +160,16 @@ def _matmul(expert_ref, start_ref, end_ref, x_ref, w_ref, *refs, contract, tile,
         steps = jnp.where(e < experts, jnp.int32(-(-c // tile.depth)), jnp.int32(0))
         acc = jax.lax.fori_loop(jnp.int32(0), steps, step, jnp.zeros((tile.rows, tile.cols), jnp.float32))
         if len(refs) == 3:
-            acc += jnp.where(e < experts, _adapter(refs[0], refs[1], weight, rows, cols), 0)
+            acc += _adapter(refs[0], refs[1], e, weight, rows, cols, experts)
         _store(o_ref, acc, start, end, column * tile.cols, in_cols)
 
 
-def _adapter(thin_ref, b_ref, e, rows, cols):
+def _adapter(thin_ref, b_ref, e, weight, rows, cols, experts):
+    """The adapter's product, to be added to the accumulator; it is the factor that is zeroed for the pseudo-expert:
+    a select on the product would hold a second accumulator in registers."""
     rank = jnp.arange(thin_ref.shape[1])
-    return plgpu.dot(thin_ref[_tile(rows, rank)], b_ref[e, *_tile(rank, cols)])
+    thin = thin_ref[_tile(rows, rank)]
+    return plgpu.dot(jnp.where(e < experts, thin, jnp.zeros_like(thin)), b_ref[weight, *_tile(rank, cols)])
 
 
 def _store(o_ref, acc, start, end, first, in_cols):
@@ -234,7 +237,7 @@ def _few_rows(expert_ref, start_ref, end_ref, x_ref, packed_ref, *refs, tile, ex
         steps = jnp.where(e < experts, jnp.int32(-(-half // depth)), jnp.int32(0))
         acc = jax.lax.fori_loop(jnp.int32(0), steps, step, jnp.zeros((tile.rows, tile.cols), jnp.float32))
         if adapter_refs:
-            acc += jnp.where(e < experts, _adapter(adapter_refs[0], adapter_refs[1], weight, rows, cols), 0)
+            acc += _adapter(adapter_refs[0], adapter_refs[1], e, weight, rows, cols, experts)
         _store(o_ref, acc, start, end, first, in_cols)
 
 

@@ -4,6 +4,10 @@ Logits [tokens, V] would be the largest array of a training step (2 GiB for 4096
 times over). The loss of a row depends on its own logits alone, so a loop over chunks of rows computes logits, loss and
 gradient of one chunk, keeps the gradient with respect to the inputs, [tokens, D], and forgets the logits. Backward then
 only scales what forward kept.
+
+H100, V 128256, D 4096, T 4096, frozen head, milliseconds of kernels: Mosaic 11.6 (two matmuls 10.7, gradient of the
+logits 0.7) with 0.26 GiB of temporary arrays, XLA 12.7 with 0.37; both a tenth more when repeated until the card
+throttles. Logits rounded to bfloat16 made XLA no faster, and would be rounded where it matters.
 """
 
 import dataclasses
@@ -103,7 +107,8 @@ def linear_cross_entropy(
             f"got x {x.shape}, labels {labels.shape}"
         )
     supported = {"xla": None, "mosaic": _why_not_mosaic(x, head)}
-    implementation = resolve("linear_cross_entropy", implementation, supported, ("xla",))
+    preference = ("mosaic", "xla") if default_platform() == "gpu" else ("xla",)
+    implementation = resolve("linear_cross_entropy", implementation, supported, preference)
     multiple, size = (_module("mosaic").ROWS, 2) if implementation == "mosaic" else (1, 4)
     if chunk is None:
         chunk = max(256, 2 ** round(math.log2(_CHUNK_BYTES / (size * vocab))))
@@ -125,8 +130,6 @@ def _module(name: str) -> ModuleType:
 def _why_not_mosaic(x, head: Head) -> str | None:
     if head.a is not None or isinstance(head.weight, NF4Weight):
         return "a LoRA adapter on the head and an NF4 head are not supported"
-    if head.softcap is not None:
-        return "softcap is not supported"
     if default_platform() != "gpu":
         return f"it needs an NVIDIA GPU of the Hopper family, JAX runs on {default_platform()}"
     return _module("mosaic").why_not(x, head.weight)
@@ -177,21 +180,21 @@ def _chunk_loss_and_gradient(x, trained, head, labels, implementation):
     return loss, pull(dlogits)
 
 
-def _mosaic_loss(x, w, labels):
+def _mosaic_loss(x, w, labels, softcap):
     """Loss of one chunk, log-sum-exp of its rows, and the logits as mosaic.py leaves them."""
-    below, maximum, total = _module("mosaic").logits_and_statistics(x, w)
+    below, maximum, total = _module("mosaic").logits_and_statistics(x, w, softcap)
     top = jnp.max(maximum, axis=0)
     lse = top + jnp.log(jnp.sum(total * jnp.exp(maximum - top), axis=0))
     counted = labels != IGNORE_INDEX
     chosen = w[jnp.where(counted, labels, 0)]
-    target = jnp.sum(x.astype(jnp.float32) * chosen.astype(jnp.float32), axis=1)
+    target = _capped(jnp.sum(x.astype(jnp.float32) * chosen.astype(jnp.float32), axis=1), softcap)
     return jnp.sum(jnp.where(counted, lse - target, 0.0)), lse, below, maximum
 
 
 def _mosaic_loss_and_gradient(x, trained, head, labels):
     w = head.weight if trained[0] is None else trained[0]
-    loss, lse, below, maximum = _mosaic_loss(x, w.astype(x.dtype), labels)
-    dlogits = _module("triton").gradient(below, maximum, lse, labels)
+    loss, lse, below, maximum = _mosaic_loss(x, w.astype(x.dtype), labels, head.softcap)
+    dlogits = _module("triton").gradient(below, maximum, lse, labels, head.softcap)
     dx, dw = _matmul_bwd((x, w), dlogits)
     return loss, (dx, (None if trained[0] is None else dw, None, None))
 
@@ -203,7 +206,7 @@ def _chunked(x, trained, head, labels, implementation):
     def body(total, chunk):
         if implementation == "mosaic":
             w = head.weight if head.trained is None else head.trained
-            return total + _mosaic_loss(chunk[0], w.astype(x.dtype), chunk[1])[0], None
+            return total + _mosaic_loss(chunk[0], w.astype(x.dtype), chunk[1], head.softcap)[0], None
         return total + _chunk_loss(head.logits(chunk[0]), chunk[1])[0], None
 
     return jax.lax.scan(body, jnp.float32(0), (x, labels))[0]

@@ -1,27 +1,29 @@
 """lora_matmul on Hopper with the NF4 weight dequantised in the matmul's main loop (Pallas Mosaic GPU).
 
 Idea. wgmma takes its left operand from registers, so a kernel that computes the transposed output tile,
-y^T [128 n, 256 m] = W [n, k] x^T [k, m], never has to write the bf16 weight anywhere: two warpgroups of 64 rows of W
-each look their weights up in registers while the tensor cores still multiply the step before; a third warpgroup keeps a
-ring of x tiles and packed weights filled by TMA. The grid is persistent, the adapter is one more step of 64 columns.
+y^T [128 n, 256 m] = W [n, k] x^T [k, m], never has to write the bf16 weight anywhere. Two warpgroups hold 64 rows of W
+each and dequantise the weights of one step while the tensor cores multiply the two before; a third warpgroup keeps a
+ring of x tiles and packed weights filled by TMA. The grid is persistent; the adapter is one more wgmma of 16 columns.
 
 Look-up. `prmt` selects 4 of 8 bytes by 4-bit selectors whose top bit replaces the byte by 8 copies of its sign: packed
 nibbles ARE selectors. With nibbles s, prmt(T0, s) ^ prmt(T1, s ^ 8) is a table of 16 bytes if the entries i and i + 8
 agree in their top bit (T1 is corrected by what the sign copies of T0 leave). Two byte planes give bf16; the top bits of
-the planes are sign and lowest exponent bit, and the 16 codes are renumbered so that they agree pairwise. In all 2.4 byte
-operations a weight; a tree of selects needs 15.
+the planes are sign and lowest exponent bit, and the 16 codes are renumbered so that they agree pairwise. That makes 2.4
+byte operations a weight; a tree of selects needs 15.
 
-Rounding. The 16 codes are stored as bf16(CODE * 1.374555): of all factors it is (with the pairing above) the one with
-the least rounding error, 0.25 of the variance that rounding the weight to bf16 has. The scale absmax / 1.374555 is kept
-as a sum of two bf16, hi + lo, and the weight is fma(code, hi, code * lo): rounded once. The total error of y against
-the float32-dequantised weight is 1.05 to 1.06 times that of the standard bf16 computation.
+Rounding. The 16 codes are stored as bf16(CODE * 1.374555): of all factors that allow the pairing it is the one with the
+least rounding error, 0.25 of the variance that rounding the weight to bf16 has. The scale absmax / 1.374555 is kept as
+the sum of two bf16, hi + lo, and the weight is fma(code, hi, code * lo): rounded once. The total error of y against the
+float32-dequantised weight is 1.06 times that of the standard bf16 computation.
 
-Layout. `tile_weight` reorders a weight once, without loss: for each 64 x 64 block the nibbles in the order in which
-threads hold wgmma's left operand, then 64 pairs (hi, lo). 4.5 bits a weight as before. The transposed product (dx) reads
-the same bytes; there the fragments are transposed by `movmatrix` after dequantisation.
+Layout. `tile_weight` reorders a weight once: for each block of 64 x 64 the nibbles in the order in which threads hold
+wgmma's left operand, then 64 pairs (hi, lo). That is 4.5 bits a weight, as NF4 without double quantisation. The
+transposed product (dx) reads the same bytes: `movmatrix` turns the fragments after dequantisation.
 
-Bytes and operations for M 4096, 4096 -> 14336: 33 MB of weight, 33 MB of x, 117 MB of y: 0.06 ms; 481 GFLOP: 0.6 ms at
-what cuBLAS reaches. For each step of 64 columns a scheduler issues about 400 instructions in the 1024 cycles of wgmma.
+Bytes and operations for M 4096, 4096 -> 14336: 33 MB of weight, 33 MB of x, 117 MB of y: 0.06 ms; 481 GFLOP: 0.58 ms at
+the rate of cuBLAS. For each step of 64 columns a scheduler issues about 400 instructions in the 1024 cycles of wgmma.
+Measured on an H100 (kernel time, no adapter): 658 us, 731 TFLOP/s, beside 582 us of cuBLAS with a bf16 weight; with
+a loop that waited for tiles one step earlier than this one. 14 waves of tiles for work of 13.6 cost 3 %.
 """
 
 import dataclasses
@@ -54,7 +56,7 @@ _FRAGMENT = plgpu.ShapeDtypeStruct((64, 64), jnp.bfloat16, layout=plgpu.Layout.W
 class Config:
     """Sizes of the kernel; the defaults are the fastest of those tried."""
 
-    rows: int = 256  # rows of x in a tile: wgmma's widest
+    rows: int | None = None  # rows of x in a tile, 64 to 256; None for the number that needs the least time
     stages: int = 4  # tiles of x and W in flight
     width: int = 8  # tiles of the minor grid dimension that are walked together, for the L2 cache
     minor: int = 0  # grid dimension walked first: 0 for rows of x, 1 for output features
@@ -74,16 +76,25 @@ class TiledWeight:
 
 
 def why_not(
-    x: jax.Array, w: jax.Array | NF4Weight | TiledWeight, a: jax.Array | None = None, b: jax.Array | None = None
+    x: jax.Array,
+    w: jax.Array | NF4Weight | TiledWeight,
+    a: jax.Array | None = None,
+    b: jax.Array | None = None,
+    *,
+    transposed: bool = False,
 ) -> str | None:
-    """Why `matmul` cannot do a call, or None. Says nothing about the device: the kernel needs compute capability 9.0."""
+    """Why `matmul`, or `matmul_transposed`, cannot do a call; None if it can.
+
+    Says nothing about the device, which must have compute capability 9.0.
+    """
     if not isinstance(w, NF4Weight | TiledWeight):
         return "the weight is not NF4"
     if len(w.shape) != 2:
         return f"it takes one weight [N, K], got shape {w.shape}"
     n, k = w.shape
-    if n % 128 or k % 64:
-        return f"it wants N to be a multiple of 128 and K of 64, got [N, K] = [{n}, {k}]"
+    n_multiple, k_multiple = (64, 128) if transposed else (128, 64)
+    if n % n_multiple or k % k_multiple:
+        return f"it wants N to be a multiple of {n_multiple} and K of {k_multiple}, got [N, K] = [{n}, {k}]"
     if x.dtype != jnp.bfloat16:
         return f"activations must be bfloat16, got {x.dtype}"
     if (a is None) != (b is None):
@@ -111,7 +122,7 @@ def matmul_transposed(dy, w, a=None, b=None, scale: float = 1.0, config: Config 
 
 
 def tile_weight(w: NF4Weight) -> TiledWeight:
-    """Reorders a weight [N, K], both multiples of 64, for the kernel; lossless but for the split of the scales."""
+    """Reorders a weight [N, K], both multiples of 64, for the kernel; lossless but for the scales, kept to 2^-16."""
     n, k = w.shape
     codes = jnp.stack([_renumber(w.packed >> 4), _renumber(w.packed & 15)], axis=-1)
     # n = (block, warp, half, row); k = (block, j, chunk, quad, element): wgmma's fragment of 64 x 64 in 16-bit pairs
@@ -121,7 +132,7 @@ def tile_weight(w: NF4Weight) -> TiledWeight:
     codes = codes.reshape(n // 64, k // 64, _WORDS, 8)
     words = functools.reduce(jnp.bitwise_or, [codes[..., i] << (4 * i) for i in range(8)])
     scale = dequantize_absmax(w) / np.float32(_FACTOR)
-    # The upper half of a float32 is a bf16; written with integers, since XLA takes a conversion there and back for none.
+    # The upper half of a float32 is a bf16. Written with integers: XLA drops a conversion to bf16 and back, lo with it.
     hi = lax.bitcast_convert_type(scale, jnp.uint32) & np.uint32(0xFFFF0000)
     lo = (scale - lax.bitcast_convert_type(hi, jnp.float32)).astype(jnp.bfloat16)
     pair = hi >> 16 | lax.bitcast_convert_type(lo, jnp.uint16).astype(jnp.uint32) << 16
@@ -187,16 +198,16 @@ def _call(x, blocks, thin, fragments, transposed: bool, config: Config):
     m, contracted = x.shape
     free = 64 * blocks.shape[1 if transposed else 0]
     width = 0 if thin is None else thin.shape[1]
-    rows, stages = config.rows, config.stages
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    thin_tiled = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))
+    stages = config.stages
+    rows = config.rows or _rows(m, free)
+    tiled = _tiled(64)
     body = functools.partial(
         _body,
         grid=(pl.cdiv(m, rows), free // 128),
         steps=contracted // 64,
         width=width,
         transposed=transposed,
-        config=config,
+        config=dataclasses.replace(config, rows=rows),
     )
     kernel = plgpu.kernel(
         body if width else lambda x_ref, w_ref, *refs: body(x_ref, w_ref, None, None, *refs),
@@ -209,13 +220,19 @@ def _call(x, blocks, thin, fragments, transposed: bool, config: Config):
             plgpu.SMEM((stages, rows, 64), jnp.bfloat16, transforms=tiled),
             plgpu.SMEM((stages, 2, 9, 64), jnp.int32),
             plgpu.SMEM((2, rows, 64), jnp.bfloat16, transforms=tiled),
-            plgpu.SMEM((rows, 16), jnp.bfloat16, transforms=thin_tiled),
+            plgpu.SMEM((rows, 16), jnp.bfloat16, transforms=_tiled(16)),
             (plgpu.Barrier(num_arrivals=2, num_barriers=stages), plgpu.Barrier(num_arrivals=2, num_barriers=stages)),
             (plgpu.Barrier(), plgpu.Barrier(num_arrivals=2)),
         ],
         kernel_name="nf4_matmul_transposed" if transposed else "nf4_matmul",
     )
     return kernel(x, blocks, *((thin, fragments) if width else ()))
+
+
+def _tiled(columns: int) -> tuple:
+    """How a bf16 matrix of that many columns lies in shared memory, swizzled for wgmma."""
+    tiling, swizzle = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)  # pyright: ignore
+    return tiling, swizzle
 
 
 def _body(x_ref, w_ref, thin_ref, fragment_ref, out_ref, *scratch, grid, steps, width, transposed, config):
@@ -234,12 +251,10 @@ def _body(x_ref, w_ref, thin_ref, fragment_ref, out_ref, *scratch, grid, steps, 
             body(info, pl.ds(mi * rows, rows), fi)
 
     def accumulate(acc, info, fi):
-        def await_tile(i):
-            plgpu.barrier_wait(full.at[slot(info, i)])
-
         def load(i):
+            plgpu.barrier_wait(full.at[slot(info, i)])
             block = w_smem.at[slot(info, i), wg]
-            return _scaled(block, _look_up(block, transposed), transposed)
+            return _dequantise(block, transposed)
 
         def start(i, weight):
             plgpu.wgmma(acc, weight, x_smem.at[slot(info, i)].transpose((1, 0)))
@@ -251,32 +266,23 @@ def _body(x_ref, w_ref, thin_ref, fragment_ref, out_ref, *scratch, grid, steps, 
 
         # Step i runs, step i + 1 is about to start, step i + 2 is dequantised meanwhile. Two steps make one turn of the
         # loop, so that a running wgmma's registers are never those that the next weight is written to: with one, ptxas
-        # moves registers, finds the hazard and runs every wgmma alone. The wait for a tile is a branch; without one
-        # ptxas would put the dequantisation behind the next wait for a wgmma.
-        def step(i, weight, ahead=True):
+        # moves registers, finds the hazard and runs every wgmma alone.
+        def step(i, weight):
             start(i + 1, weight)
             free(i, 1)
-            following = load(i + 2)
-            if ahead:
-                await_tile(i + 3)
-            return following
+            return load(i + 2)
 
-        await_tile(0)
         start(0, load(0))
         if steps > 1:
-            await_tile(1)
-            weight = load(1)
-            if steps > 2:
-                await_tile(2)
-                turns = (steps - 3) // 2
-                weight = lax.fori_loop(0, turns, lambda i, w: step(2 * i + 1, step(2 * i, w)), weight)
-                for i in range(2 * turns, steps - 2):
-                    weight = step(i, weight, ahead=i < steps - 3)
+            turns = (steps - 2) // 2
+            weight = lax.fori_loop(0, turns, lambda i, w: step(2 * i + 1, step(2 * i, w)), load(1))
+            for i in range(2 * turns, steps - 2):
+                weight = step(i, weight)
             start(steps - 1, weight)
             free(steps - 2, 1)
         for i in range(extra):
             factor = _load_fragments(fragment_ref.at[2 * fi + wg, i], 64)
-            await_tile(steps + i)
+            plgpu.barrier_wait(full.at[slot(info, steps + i)])
             start(steps + i, factor)
             free(steps + i - 1, 1)
         if narrow:
@@ -289,7 +295,7 @@ def _body(x_ref, w_ref, thin_ref, fragment_ref, out_ref, *scratch, grid, steps, 
         return acc[...]
 
     def compute(info, row_slice, fi):
-        acc = plgpu.ACC((64, rows), jnp.float32)
+        acc = plgpu.WGMMAAccumulatorRef((64, rows), jnp.float32)
         out = pl.run_scoped(functools.partial(accumulate, info=info, fi=fi), acc).astype(out_ref.dtype)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out_smem.at[wg].transpose((1, 0))[...] = out
@@ -326,6 +332,15 @@ def _body(x_ref, w_ref, thin_ref, fragment_ref, out_ref, *scratch, grid, steps, 
         loop(fetch)
 
 
+def _rows(m: int, free: int) -> int:
+    """Rows of a tile that finish first: waves of tiles times the time of one, which the look-ups bound from below."""
+
+    def cost(rows):
+        return pl.cdiv(pl.cdiv(m, rows) * (free // 128), _num_sms()) * max(rows, 144)
+
+    return min((256, 192, 128, 64), key=cost)
+
+
 def _num_sms() -> int:
     if device := jax.sharding.get_abstract_mesh().abstract_device:
         return device.num_cores
@@ -336,62 +351,49 @@ def _num_sms() -> int:
 # 8 columns `chunk` of them, 8 of the warp's 16 rows `half`; a thread has two neighbouring columns in each.
 
 
-def _look_up(ref, transposed: bool):
-    """The unscaled fragment of a block in shared memory [9, 64]; transposed: lane rows stay n, [n group][half][chunk]."""
+def _dequantise(ref, transposed: bool):
+    """A block in shared memory [9, 64] as a fragment: W [n, k], or W^T [k, n] if transposed."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_FRAGMENT)
     def emit(ctx, ref):
-        lane, warp = _lane_and_warp()
-        registers = []
-        if transposed:  # this warp's columns j = warp of all rows
-            word = arith.addi(arith.muli(arith.shrui(warp, _i32(1)), _i32(32)), lane)
-            shift = arith.muli(arith.andi(warp, _i32(1)), _i32(16))
-            for group in range(4):
-                for half in range(2):
-                    [packed] = _load(ref, arith.addi(word, _i32(128 * group + 64 * half)), 1)
-                    registers += _asm(2, [arith.shrui(packed, shift)], _LOOK_UP_4, "=&r,=&r,r")
-            return _fragment(registers)
-        word = arith.addi(arith.muli(warp, _i32(128)), lane)
-        by_half = []
-        for half in range(2):
-            by_half.append([])
-            for pair in range(2):
-                [packed] = _load(ref, arith.addi(word, _i32(64 * half + 32 * pair)), 1)
-                by_half[half] += _asm(4, [packed], _LOOK_UP_8, "=&r,=&r,=&r,=&r,r")
-        for jc in range(8):
-            registers += [by_half[0][jc], by_half[1][jc]]
-        return _fragment(registers)
-
-    return emit(ref)
-
-
-def _scaled(ref, looked_up, transposed: bool):
-    """The fragment times its scales, rounded once; transposed also turned, so that lane rows are k."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA), return_type=_FRAGMENT)
-    def emit(ctx, ref, looked_up):
-        lane, warp = _lane_and_warp()
-        values = [_as_i32(v) for v in looked_up.registers.flat]
+        thread = arith.remui(utils.thread_idx(), _i32(128))
+        lane, warp = arith.remui(thread, _i32(32)), arith.shrui(thread, _i32(5))
         row = arith.addi(arith.muli(arith.shrui(lane, _i32(2)), _i32(2)), _i32(_WORDS))
 
         def scales(group):
+            """(hi, hi) and (lo, lo) of this thread's two rows out of 16."""
             pairs = _load(ref, arith.addi(row, arith.muli(group, _i32(16))), 2)
-            return [[_asm(1, [p], f"prmt.b32 $0, $1, $1, {s};", "=r,r")[0] for s in ("0x1010", "0x3232")] for p in pairs]
+            return [
+                [_asm(1, [p], f"prmt.b32 $0, $1, $1, {s};", "=r,r")[0] for s in ("0x1010", "0x3232")] for p in pairs
+            ]
 
-        if not transposed:
-            pair = scales(warp)
-            return _fragment([_asm(1, [v, *pair[i % 2]], _SCALE, "=r,r,r,r")[0] for i, v in enumerate(values)])
+        def packed(group, half, pair):
+            offset = arith.addi(arith.muli(group, _i32(128)), arith.muli(pair, _i32(32)))
+            return _load(ref, arith.addi(arith.addi(offset, _i32(64 * half)), lane), 1)[0]
+
+        if not transposed:  # a warp's 16 rows and all columns
+            scale = scales(warp)
+            halves = [
+                [
+                    _asm(1, [value, *scale[half]], _SCALE, "=r,r,r,r")[0]
+                    for pair in range(2)
+                    for value in _asm(4, [packed(warp, half, _i32(pair))], _LOOK_UP_8, "=&r,=&r,=&r,=&r,r")
+                ]
+                for half in range(2)
+            ]
+            return _fragment([value for both in zip(*halves, strict=True) for value in both])
+        # A warp's 16 columns and all rows: lanes hold rows until each 8 x 8 matrix is turned.
+        pair, shift = arith.shrui(warp, _i32(1)), arith.muli(arith.andi(warp, _i32(1)), _i32(16))
         registers = []
         for group in range(4):
-            pair = scales(_i32(group))
-            registers += [
-                _asm(1, [values[4 * group + 2 * half + chunk], *pair[half]], _SCALE_AND_TURN, "=r,r,r,r")[0]
-                for half in range(2)
-                for chunk in range(2)
-            ]
+            scale = scales(_i32(group))
+            for half in range(2):
+                four = arith.shrui(packed(_i32(group), half, pair), shift)
+                for value in _asm(2, [four], _LOOK_UP_4, "=&r,=&r,r"):
+                    registers += _asm(1, [value, *scale[half]], _SCALE_AND_TURN, "=r,r,r,r")
         return _fragment(registers)
 
-    return emit(ref, looked_up)
+    return emit(ref)  # pyright: ignore[reportCallIssue]
 
 
 def _load_fragments(ref, columns: int):
@@ -403,7 +405,7 @@ def _load_fragments(ref, columns: int):
         word = arith.muli(arith.remui(utils.thread_idx(), _i32(128)), _i32(4))
         return _fragment([v for j in range(columns // 16) for v in _load(ref, arith.addi(word, _i32(512 * j)), 4)])
 
-    return emit(ref)
+    return emit(ref)  # pyright: ignore[reportCallIssue]
 
 
 def _look_up_text(selector: str, flipped: str, out0: str, out1: str) -> str:
@@ -427,16 +429,11 @@ def _i32(value: int):
     return arith.constant(ir.IntegerType.get_signless(32), value)
 
 
-def _lane_and_warp():
-    thread = arith.remui(utils.thread_idx(), _i32(128))
-    return arith.remui(thread, _i32(32)), arith.shrui(thread, _i32(5))
-
-
 def _asm(outputs: int, inputs: list, text: str, constraints: str) -> list:
     """Inline assembly on 32-bit registers."""
     i32 = ir.IntegerType.get_signless(32)
     kind = i32 if outputs == 1 else llvm.StructType.get_literal([i32] * outputs)
-    out = llvm.inline_asm(kind, inputs, text, constraints, asm_dialect=0, has_side_effects="movmatrix" in text or "xor" in text)
+    out = llvm.inline_asm(kind, inputs, text, constraints, asm_dialect=0, has_side_effects="sync" in text)
     return [out] if outputs == 1 else [llvm.extractvalue(i32, out, [i]) for i in range(outputs)]
 
 
@@ -447,11 +444,6 @@ def _load(ref, offset, count: int) -> list:
     pointer = llvm.getelementptr(base.type, base, [offset], [-2147483648], i32, llvm.GEPNoWrapFlags.none)
     loaded = llvm.load(ir.VectorType.get((count,), i32), pointer, alignment=4 * count)
     return [vector.extract(loaded, [], [i]) for i in range(count)]
-
-
-def _as_i32(pair):
-    i32 = ir.IntegerType.get_signless(32)
-    return vector.extract(vector.bitcast(ir.VectorType.get((1,), i32), pair), [], [0])
 
 
 def _fragment(registers: list) -> fa.FragmentedArray:

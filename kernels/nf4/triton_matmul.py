@@ -5,6 +5,10 @@ Idea. A code is looked up with byte permutations instead of a tree of 15 selects
 result are the bf16 pairs in the order in which the tensor core wants them: 21 integer operations for 8 weights, 2.6 a
 weight.
 
+The other look-up (`shuffle`) keeps the table across the 32 lanes of a warp and fetches a value from the lane that the
+code numbers: one shift and one shuffle a weight. Both are written so that the bytes never pass through a table in
+memory.
+
 Numbers. The table holds CODE * 1.4367 rounded to bf16, and absmax is divided by 1.4367 in float32. That factor
 minimises the rounding of the sixteen values (weighted by how often normal weights take them): root mean square 3.0e-4
 of absmax, where the weight rounded to bf16 has 6.3e-4. Few rows scale the float32 accumulator of each block of 64, so
@@ -13,13 +17,21 @@ the weight is scaled in float32 and rounded to bf16 before the product (7.0e-4, 
 times the standard one's).
 
 Few rows (decoding), M <= 64. Limit: the packed bytes, 29 MB or 10 us for 4096 -> 14336 on an H100; the look-ups take
-about as long on the integer units (64 lanes a clock), beside it. Programs split N, and K where N alone does not fill
-the GPU; they write float32 partial sums, and x A in a few more programs of the same kernel; a second kernel adds all
-of it up in a fixed order, with (x A) B. No atomics: two runs are bitwise equal.
+longer today (see below). Programs split N, and K where N alone does not fill the GPU; they write float32 partial sums,
+and x A in a few more programs of the same kernel; a second kernel adds all of it up in a fixed order, with (x A) B. No
+atomics: two runs are bitwise equal.
 
 Many rows. Limit: the tensor cores. Each weight is looked up M / bm times, programs run in an order that keeps the rows
 of x in the L2 cache, loads are pipelined, x A is a thin matmul before and (x A) B is added to the accumulator at the
 end.
+
+Measured on an H100, kernels alone, weights from memory, double quantisation, rank 16, permutations: 4096 -> 14336 with
+1, 16 and 64 rows 32.5, 33.3 and 45.0 us (cuBLAS with a bf16 weight 41.7, 45, 50), of which the sum of the parts is 3
+to 9; 14336 -> 4096 with 16 rows 41 us; 4096 rows -> 14336 1080 us with x A, 452 TFLOP/s in the kernel (cuBLAS 585 us);
+128 and 512 rows 66 and 175 us; dx with 4096 rows 1247 us, 45 of them dy B^T. The two kernels that add x A were changed
+since (x A in 16 parts, summed as one tile), and the shuffles have not run on a GPU. The time of few rows does not
+depend on tiles, and grows with the number of `prmt` as if an SM did 16 lanes of it a clock: that is the present limit,
+not the memory.
 """
 
 import dataclasses
@@ -44,7 +56,6 @@ _STRETCH = np.float32(1.4367)
 _TABLE = (CODE * _STRETCH).astype(ml_dtypes.bfloat16)
 _INVERSE = np.float32(1) / _STRETCH
 MAX_FEW = 64
-_THIN_K = 256  # columns of x that one program multiplies by A
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +69,7 @@ class FewRows:
     stages: int = 1  # of Triton's software pipeline
     weight_left: bool = False  # W x^T (64 weight rows at a time) instead of x W^T (16 rows of x at a time)
     together: bool = True  # scales of a step are loaded as one tile
+    shuffle: bool = False  # look codes up by lane shuffles instead of byte permutations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +83,13 @@ class ManyRows:
     warps: int = 8
     stages: int = 3
     weight_left: bool = False  # W x^T with W in registers instead of x W^T with W in shared memory
+    shuffle: bool = False  # look codes up by lane shuffles instead of byte permutations
+
+
+# (at most this many rows, tiles), measured: see the top of the file.
+_FEW = ((16, FewRows(stages=3)), (MAX_FEW, FewRows(stages=3, weight_left=True)))
+_MANY = ((128, ManyRows(bn=64, warps=4)), (math.inf, ManyRows(bm=256, bn=64, warps=4)))
+_PROGRAMS = 448  # few rows: K is split until about so many programs share the work
 
 
 def why_not(x, w, a=None, b=None) -> str | None:
@@ -92,12 +111,13 @@ def why_not(x, w, a=None, b=None) -> str | None:
 
 
 def choose(m: int, n: int, k: int) -> FewRows | ManyRows:
-    """The configuration for x [m, k] and w [n, k]: the measured one of the nearest shape, made to fit k."""
+    """The configuration for x [m, k] and w [n, k], from measurements on an H100; each also compiles for sm_80 to 89."""
     if m > MAX_FEW:
-        return ManyRows()
-    config = FewRows()
+        return next(config for limit, config in _MANY if m <= limit)
+    config = next(config for limit, config in _FEW if m <= limit)
     blocks = math.gcd(config.blocks, k // BLOCK)
-    splits = next(s for s in range(config.splits, 0, -1) if k // BLOCK // blocks % s == 0)
+    wanted = max(1, _PROGRAMS // -(-n // config.bn))
+    splits = next(s for s in range(wanted, 0, -1) if k // BLOCK // blocks % s == 0)
     return dataclasses.replace(config, blocks=blocks, splits=splits)
 
 
@@ -122,16 +142,18 @@ def few_rows(x: jax.Array, w: NF4Weight, a=None, b=None, scale: float = 1.0, *, 
     if k // BLOCK % (config.splits * config.blocks):
         raise ValueError(f"{config} does not fit K = {k}: splits * blocks must divide K / {BLOCK} = {k // BLOCK}")
     rank, lora = _padded_rank(a), a is not None
-    rows, thin = max(16, pl.next_power_of_2(m)), -(-k // (_THIN_K * config.splits)) if lora else 0
+    rows, thin = max(16, pl.next_power_of_2(m)), -(-16 // config.splits) if lora else 0
     kernel = functools.partial(_few_kernel, m=m, n=n, k=k, rows=rows, rank=rank, thin=thin, config=config)
     out = [jax.ShapeDtypeStruct((config.splits, m, n), jnp.float32)]
     out += [jax.ShapeDtypeStruct((thin * config.splits, m, rank), jnp.float32)] if lora else []
     inputs = dict(x=x, table=_table_words(), **_weight_arrays(w), **({"a": a} if lora else {}))
     grid = (thin + -(-n // config.bn), config.splits)
     parts = _call(kernel, "nf4_few_rows", inputs, out, grid, config.warps, config.stages)
-    inputs = dict(zip(("parts", "thin"), parts, strict=False), **({"b": b} if lora else {}))
+    inputs = {"parts": parts[0]}
+    if lora:
+        inputs |= {"thin": parts[1].reshape(parts[1].shape[0], -1), "b": b}
     bm, bn = min(rows, 16), 128
-    kernel = functools.partial(_sum_kernel, scale=scale, bm=bm, bn=bn)
+    kernel = functools.partial(_sum_kernel, scale=scale, bm=bm, bn=bn, thin_shape=out[-1].shape)
     out = [jax.ShapeDtypeStruct((m, n), x.dtype)]
     return _call(kernel, "nf4_few_rows_sum", inputs, out, (-(-n // bn), -(-m // bm)), 4, 1)[0]
 
@@ -145,7 +167,7 @@ def _few_kernel(refs, parts, thin_parts: Any = None, *, m, n, k, rows, rank, thi
     def base():
         out = (column - thin) * config.bn + jnp.arange(config.bn)
         out_ok = out < n
-        table = _load_table(refs["table"])
+        table = _load_table(refs["table"], config.shuffle)
         steps = k // BLOCK // config.splits // config.blocks
 
         def step(i, acc):
@@ -173,8 +195,9 @@ def _few_kernel(refs, parts, thin_parts: Any = None, *, m, n, k, rows, rank, thi
     def adapter():
         part, lane = column * config.splits + split, jnp.arange(rank)
         acc = jnp.zeros((rows, rank), jnp.float32)
-        for i in range(2):
-            col = part * _THIN_K + i * (_THIN_K // 2) + jnp.arange(_THIN_K // 2)
+        per_part = -(-k // (thin * config.splits * 128)) * 128
+        for i in range(0, per_part, 128):
+            col = part * per_part + i + jnp.arange(128)
             mask = row_ok[:, None] & (col < k)[None, :]
             x = plgpu.load(refs["x"].at[row[:, None], col[None, :]], mask=mask, other=0)
             mask = (col < k)[:, None] & (lane < refs["a"].shape[1])[None, :]
@@ -190,7 +213,7 @@ def _few_kernel(refs, parts, thin_parts: Any = None, *, m, n, k, rows, rank, thi
         base()
 
 
-def _sum_kernel(refs, y, *, scale, bm, bn):
+def _sum_kernel(refs, y, *, scale, bm, bn, thin_shape):
     """Adds the partial sums in order, then scale (x A) B."""
     (m, n), splits = y.shape, refs["parts"].shape[0]
     row, col = pl.program_id(1) * bm + jnp.arange(bm), pl.program_id(0) * bn + jnp.arange(bn)
@@ -200,11 +223,13 @@ def _sum_kernel(refs, y, *, scale, bm, bn):
     for split in range(splits):
         acc += plgpu.load(refs["parts"].at[split, *index], mask=mask, other=0)
     if "b" in refs:
-        count, _, rank = refs["thin"].shape
+        count, _, rank = thin_shape
         lane = jnp.arange(rank)
-        thin = jnp.zeros((bm, rank), jnp.float32)
-        for part in range(count):
-            thin += plgpu.load(refs["thin"].at[part, row[:, None], lane[None, :]], mask=row_ok[:, None], other=0)
+        part = jnp.arange(pl.next_power_of_2(count))
+        cell = pl.program_id(1) * (bm * rank) + jnp.arange(bm * rank)
+        thin_ok = (part < count)[:, None] & (cell < m * rank)[None, :]
+        thin = plgpu.load(refs["thin"].at[part[:, None], cell[None, :]], mask=thin_ok, other=0)
+        thin = jnp.sum(thin, axis=0).reshape(bm, rank)
         mask_b = (lane < refs["b"].shape[0])[:, None] & col_ok[None, :]
         b = plgpu.load(refs["b"].at[lane[:, None], col[None, :]], mask=mask_b, other=0) * np.float32(scale)
         acc += plgpu.dot(thin.astype(y.dtype), b.astype(y.dtype))
@@ -231,7 +256,7 @@ def _many_kernel(refs, y, *, k, config):
     row_tile, col_tile = _tile(m, n, config)
     row, col = row_tile * bm + jnp.arange(bm), col_tile * bn + jnp.arange(bn)
     row_ok, col_ok = row < m, col < n
-    table = _load_table(refs["table"])
+    table = _load_table(refs["table"], config.shuffle)
     left = config.weight_left
 
     def step(i, acc):
@@ -274,7 +299,7 @@ def _transposed_kernel(refs, dx, *, config):
     row, col = row_tile * bm + jnp.arange(bm), col_tile * bn + jnp.arange(bn)
     row_ok = row < m
     half = col_tile * (bn // 2) + jnp.arange(bn // 2)
-    table = _load_table(refs["table"])
+    table = _load_table(refs["table"], config.shuffle)
 
     def step(i, acc):
         out = i * bk + jnp.arange(bk)  # rows of W
@@ -378,15 +403,37 @@ def _table_words() -> jax.Array:
     return jnp.asarray(np.concatenate([bits & 255, bits >> 8]).astype(np.uint8).view(np.int32))
 
 
-def _load_table(ref):
-    """The eight words as int32 [1] each."""
+def _load_table(ref, shuffle):
+    """The table in registers: eight words as int32 [1] each, or one word that differs from lane to lane."""
     words = [ref[pl.ds(i, 1)] for i in range(8)]
     if interpret():
         return words
+    if shuffle:
+        return [_asm(_LANE_ASM, words, "=r" + ",r" * 8, 1, jnp.int32)]
     # The mask of lower lanes never has its top bit set, but ptxas does not know. It would take the words for equal in
     # all lanes, keep them in uniform registers and copy them back at each use, an instruction a weight.
     asm = "{ .reg .b32 lanes; mov.u32 lanes, %lanemask_lt; shr.u32 lanes, lanes, 31; xor.b32 $0, $1, lanes; }"
     return [_asm(asm, [word], "=r,r", 1, jnp.int32) for word in words]
+
+
+# PTX: words $1 to $8 of the table -> $0, in each lane the value of code lane % 16 in both halves.
+_LANE_ASM = """{ .reg .b32 code, low, high, p, q; .reg .pred upper;
+mov.u32 code, %laneid;
+and.b32 p, code, 8;
+setp.ne.b32 upper, p, 0;
+and.b32 code, code, 7;
+prmt.b32 p, $1, $2, code;
+prmt.b32 q, $3, $4, code;
+selp.b32 low, q, p, upper;
+prmt.b32 p, $5, $6, code;
+prmt.b32 q, $7, $8, code;
+selp.b32 high, q, p, upper;
+and.b32 low, low, 255;
+and.b32 high, high, 255;
+shl.b32 high, high, 8;
+or.b32 low, low, high;
+mul.lo.u32 $0, low, 0x10001;
+}"""
 
 
 def _values(packed, table, scales=None):
@@ -404,7 +451,7 @@ def _values(packed, table, scales=None):
             high = scales.astype(jnp.bfloat16)
             args += [_twice(high), _twice((scales - high.astype(jnp.float32)).astype(jnp.bfloat16))]
         constraints = "=r,=r,=r,=r,r" + ",r" * (4 * len(args) - 4)
-        both = _asm(_look_up_asm(scales is not None), args, constraints, 4, jnp.int32)
+        both = _asm(_look_up_asm(len(table) == 1, scales is not None), args, constraints, 4, jnp.int32)
         pair = [both.astype(jnp.int16), jax.lax.shift_right_logical(both, jnp.int32(16)).astype(jnp.int16)]
         pair = [jax.lax.bitcast_convert_type(v, jnp.bfloat16) for v in pair]
     return jnp.stack(pair, axis=-1).reshape(packed.shape[0], 2 * packed.shape[1])
@@ -432,18 +479,36 @@ def _asm(code, args, constraints, pack, dtype):
 
 
 @functools.cache
-def _look_up_asm(scaled: bool) -> str:
+def _look_up_asm(shuffle: bool, scaled: bool) -> str:
     """PTX: four packed bytes $4 -> four registers $0 to $3, each the two bf16 values of a byte, first code below.
 
-    Operand $(5 + 4 i) is word i of the table (an argument comes once for each of the four bytes). `prmt` picks four of
-    eight bytes by three-bit numbers, so both halves of the table are looked up and the codes' fourth bits, spread to
-    whole bytes (bit 3 of a selector repeats the sign of the byte), choose between them. Scales come as two bf16
-    numbers, the first rounded and the second what is left: value * first + (value * second) rounds as the product with
-    a scale of 16 bits would, in two instructions for two weights.
+    With `shuffle`, operand $5 is a lane's word of the table, and a code is looked up in the lane of that number (the
+    fifth bit of the number belongs to another code, so lanes 16 to 31 hold the table again). Without, operand $(5 + 4
+    i) is word i of the table (an argument comes once for each of the four bytes). `prmt` picks four of eight bytes by
+    three-bit numbers, so both halves of the table are looked up and the codes' fourth bits, spread to whole bytes
+    (bit 3 of a selector repeats the sign of the byte), choose between them. Scales come as two bf16 numbers, the
+    first rounded and the second what is left: value * first + (value * second) rounds as the product with a scale of
+    16 bits would, in two instructions for two weights.
     """
+    after = 9 if shuffle else 37
+    lines = ["{ .reg .b32 codes, upper, shifted, mask, p, q, l, h, minus_zero;", "mov.b32 minus_zero, 0x80008000;"]
+
+    def finish(out):  # the pair is in p
+        if scaled:
+            lines.append(f"fma.rn.bf16x2 q, p, ${after + 4 + out}, minus_zero;")
+            lines.append(f"fma.rn.bf16x2 ${out}, p, ${after + out}, q;")
+        else:
+            lines.append(f"mov.b32 ${out}, p;")
+
+    if shuffle:
+        for out in range(4):
+            for bit, name in ((8 * out + 4, "p"), (8 * out, "q")):
+                lines.append(f"shr.u32 codes, $4, {bit};")
+                lines.append(f"shfl.sync.idx.b32 {name}, $5, codes, 0x1f, 0xffffffff;")
+            lines.append("lop3.b32 p, q, p, 0xffff, 0xD8;")  # the lower half of p, the upper one of q
+            finish(out)
+        return "\n".join([*lines, "}"])
     low, high = [f"${5 + 4 * i}" for i in range(4)], [f"${5 + 4 * i}" for i in range(4, 8)]
-    lines = ["{ .reg .b32 codes, upper, shifted, mask, p, q, l, h, minus_zero;"]
-    lines.append("mov.b32 minus_zero, 0x80008000;")
     lines += ["and.b32 codes, $4, 0x77777777;", "shr.u32 upper, codes, 16;", "shl.b32 shifted, $4, 4;"]
     for codes, spread, first in (("codes", "0x9D8C", 0), ("upper", "0xBFAE", 2)):
         lines.append(f"prmt.b32 mask, $4, shifted, {spread};")
@@ -452,10 +517,6 @@ def _look_up_asm(scaled: bool) -> str:
             lines.append(f"prmt.b32 q, {words[2]}, {words[3]}, {codes};")
             lines.append(f"lop3.b32 {byte}, p, q, mask, 0xD8;")  # mask ? q : p
         for out, order in ((first, "0x4051"), (first + 1, "0x6273")):
-            if scaled:
-                lines.append(f"prmt.b32 p, l, h, {order};")
-                lines.append(f"fma.rn.bf16x2 q, p, ${41 + out}, minus_zero;")
-                lines.append(f"fma.rn.bf16x2 ${out}, p, ${37 + out}, q;")
-            else:
-                lines.append(f"prmt.b32 ${out}, l, h, {order};")
+            lines.append(f"prmt.b32 p, l, h, {order};")
+            finish(out)
     return "\n".join([*lines, "}"])

@@ -120,7 +120,7 @@ def nf4_in_loop(capability: str) -> Iterator[Program]:
 
     n, k, r = 14336, 4096, 16
     w = NF4Weight.abstract((n, k), True)
-    for m in (1, 16, 64, 300):
+    for m in (1, 64, 100, 300):
         config = triton_matmul.choose(m, n, k)
         f = functools.partial(triton_matmul.matmul, config=config)
         yield f"nf4 matmul M={m} {config}", f, (shape(m, k), w, shape(k, r), shape(r, n))
@@ -160,12 +160,25 @@ def attention(capability: str) -> Iterator[Program]:
             yield f"attention {dim}/{value_dim} features={features}", program(features), (q, k, v, *rest)
 
 
+def rms_norm(capability: str) -> Iterator[Program]:
+    """Forward and backward, with a residual and without, both widths of programs."""
+    from lora_jax.kernels import rms_norm_triton as triton
+
+    for dim, residual in ((4096, True), (300, False)):
+        x, vector, inverse = shape(64, dim), shape(dim), shape(64, dtype=jnp.float32)
+        forward = functools.partial(triton.forward, eps=1e-5, plus_one=False)
+        backward = functools.partial(triton.backward, plus_one=True)
+        yield f"rms_norm forward {dim}", forward, (x, vector, x if residual else None)
+        yield f"rms_norm backward {dim}", backward, (x, vector, inverse, x, x if residual else None)
+
+
 FAMILIES: dict[str, Callable[[str], Iterator[Program]]] = {
     "attention": attention,
     "grouped": grouped,
     "loss": loss,
     "nf4_in_loop": nf4_in_loop,
     "nf4_prologue": nf4_prologue,
+    "rms_norm": rms_norm,
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-FAMILIES = ["attention", "grouped", "loss", "nf4_in_loop", "nf4_prologue"]
+FAMILIES = ["attention", "grouped", "loss", "nf4_in_loop", "nf4_prologue", "rms_norm"]
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / ".cuda"
 

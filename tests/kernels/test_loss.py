@@ -110,13 +110,14 @@ def test_the_logits_of_all_rows_never_exist():
     assert compiled.memory_analysis().temp_size_in_bytes < rows * vocab * 4 / 2
 
 
-def test_the_gradient_kernel_of_the_mosaic_path():
+@pytest.mark.parametrize("softcap", [None, 10.0])
+def test_the_gradient_kernel_of_the_mosaic_path(softcap):
     """Softmax less one-hot from tile-relative float16 logits is as near to float64 as rounding to bfloat16 allows."""
     from lora_jax.kernels.loss import triton
 
     rng = np.random.default_rng(0)
     rows, vocab, tile = 32, 512, 128
-    logits = 3 * rng.normal(size=(rows, vocab))
+    logits = np.clip(3 * rng.normal(size=(rows, vocab)), -9.5, 9.5)
     labels = rng.integers(0, vocab, rows)
     labels[[3, 17]] = -100
     tiles = logits.reshape(rows, -1, tile)
@@ -128,8 +129,11 @@ def test_the_gradient_kernel_of_the_mosaic_path():
         jnp.asarray(maximum.T, jnp.float32),
         jnp.asarray(lse, jnp.float32),
         jnp.asarray(labels, jnp.int32),
+        softcap,
     )
     want = np.exp(logits - lse[:, None]) - (np.arange(vocab) == labels[:, None])
+    if softcap is not None:
+        want *= 1 - (logits / softcap) ** 2
     want[labels < 0] = 0
     rounded = np.asarray(jnp.asarray(want, jnp.bfloat16), np.float64)
     assert not np.asarray(got, np.float32)[labels < 0].any()
@@ -138,8 +142,9 @@ def test_the_gradient_kernel_of_the_mosaic_path():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 15.0])
 @pytest.mark.parametrize("kind", ["frozen", "trained"])
-def test_mosaic_is_as_exact_as_float32_logits(kind):
+def test_mosaic_is_as_exact_as_float32_logits(kind, softcap):
     """Against float64, for logits as large as a model's: loss, and gradients no worse than 1.1 times XLA's."""
     rng = np.random.default_rng(0)
     rows, dim, vocab = 700, 128, 1024
@@ -149,7 +154,7 @@ def test_mosaic_is_as_exact_as_float32_logits(kind):
     labels[rng.random(rows) < 0.3] = -100
 
     def loss(x, w, implementation):
-        head = Head(weight, w if kind == "trained" else None)
+        head = Head(weight, w if kind == "trained" else None, softcap=softcap)
         return linear_cross_entropy(x, head, jnp.asarray(labels, jnp.int32), chunk=512, implementation=implementation)[
             0
         ]
@@ -160,7 +165,9 @@ def test_mosaic_is_as_exact_as_float32_logits(kind):
     }
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(z, np.float64)) for z in (x, weight)]
-        want, want_grads = jax.value_and_grad(lambda x, w: reference(x, w, labels), argnums=(0, 1))(*wide)
+        want, want_grads = jax.value_and_grad(lambda x, w: reference(x, w, labels, softcap=softcap), argnums=(0, 1))(
+            *wide
+        )
         want, want_grads = float(want), [np.asarray(g) for g in want_grads]
     assert abs(float(results["mosaic"][0]) - want) < 1e-5 * want  # as float32 logits
     for i in range(1 if kind == "frozen" else 2):
@@ -172,12 +179,12 @@ def test_mosaic_is_as_exact_as_float32_logits(kind):
 
 
 def test_errors():
-    x, weight, labels, _, _ = parts()
+    x, weight, labels, a, b = parts()
     with pytest.raises(ValueError, match=r"wants x \[M, 64\]"):
         linear_cross_entropy(x[:, 1:], Head(weight), labels)
     with pytest.raises(ValueError, match="labels"):
         linear_cross_entropy(x, Head(weight), labels[1:])
     with pytest.raises(NotImplementedError, match="'mosaic' cannot do this call: it needs an NVIDIA GPU"):
         linear_cross_entropy(x, Head(weight), labels, implementation="mosaic")
-    with pytest.raises(NotImplementedError, match="softcap"):
-        linear_cross_entropy(x, Head(weight, softcap=3.0), labels, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match="LoRA"):
+        linear_cross_entropy(x, Head(weight, None, a, b), labels, implementation="mosaic")

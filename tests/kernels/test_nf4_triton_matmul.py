@@ -88,39 +88,36 @@ def test_chosen_configuration(m, n, k):
     check(lambda: tm.matmul(x, w, a, b, SCALE), forward64(x, w, a, b), standard, 1.1)
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_look_up_assembly(scaled):
+def test_look_up_assembly(shuffle, scaled):
     """The PTX, executed here for all bytes: the values of both codes, in order, and their products with scales."""
     rng = np.random.default_rng(0)
-    every = np.arange(256, dtype=np.uint8)
-    packed = rng.permutation(every).reshape(-1, 4)
-    scales = rng.uniform(0.01, 0.1, size=(4,)).astype(np.float32)
+    packed = rng.permutation(np.arange(256, dtype=np.uint8)).reshape(-1, 4)
+    scales = rng.uniform(0.01, 0.1, size=4).astype(np.float32)
     high = scales.astype(jnp.bfloat16)
     low = (scales - high.astype(np.float32)).astype(jnp.bfloat16)
-
-    def twice(x):
-        return x.view(np.uint16).astype(np.uint32) * 0x10001
-
-    table = np.asarray(tm._table_words()).view(np.uint32)
+    words = np.asarray(tm._table_words()).view(np.uint32)
+    if shuffle:
+        named = {f"${i + 1}": word for i, word in enumerate(words)}
+        lanes = [run_ptx(tm._LANE_ASM, {**named, "%laneid": lane})["$0"] for lane in range(32)]
+    table = np.zeros(4, np.uint32) if shuffle else np.repeat(words, 4)
+    twice = [x.view(np.uint16).astype(np.uint32) * 0x10001 for x in (high, low)] if scaled else []
     for word in packed:
-        inputs = [word.view(np.uint32)[0], *np.repeat(table, 4)] + ([*twice(high), *twice(low)] if scaled else [])
-        out = run_ptx(tm._look_up_asm(scaled), dict(zip((f"${i}" for i in range(4, 99)), inputs, strict=False)))
-        got = (
-            np.array([out[f"${i}"] for i in range(4)], np.uint32).view(np.uint16).view(jnp.bfloat16).astype(np.float32)
-        )
-        codes = np.stack([word >> 4, word & 15], axis=1).reshape(-1)
-        want = tm._TABLE[codes].astype(np.float32)
-        if scaled:  # one rounding, of a scale that has 16 bits
-            want = (want.astype(np.float64) * np.repeat(scales, 2)).astype(np.float32)
-            np.testing.assert_allclose(got, want, rtol=2.0**-8 * 1.01)
-            nearest = want.astype(jnp.bfloat16).astype(np.float32)
-            assert (got != nearest).mean() <= 0.25
+        inputs = [word.view(np.uint32)[0], *table, *np.concatenate([[], *twice]).astype(np.uint32)]
+        registers = {f"${i + 4}": value for i, value in enumerate(inputs)}
+        out = run_ptx(tm._look_up_asm(shuffle, scaled), registers, lanes if shuffle else None)
+        got = np.array([out[f"${i}"] for i in range(4)], np.uint32).view(np.uint16).view(jnp.bfloat16)
+        want = tm._TABLE[np.stack([word >> 4, word & 15], axis=1).reshape(-1)].astype(np.float64)
+        if scaled:  # one rounding, of the product with a scale that has 16 bits
+            want *= np.repeat(scales, 2)
+            np.testing.assert_allclose(got.astype(np.float64), want, rtol=2.0**-8 + 2.0**-16)
         else:
-            np.testing.assert_array_equal(got, want)
+            np.testing.assert_array_equal(got.astype(np.float64), want)
 
 
-def run_ptx(code, registers):
-    """The few instructions of the look-up, on Python integers."""
+def run_ptx(code, registers, lanes=None):
+    """The few instructions of the look-up, on Python integers; `lanes` is what every lane holds in $5."""
 
     def value(name):
         return int(registers[name]) if name in registers else int(name, 0)
@@ -131,16 +128,9 @@ def run_ptx(code, registers):
     for line in re.sub(r"[{}]|\.reg[^;]*;", "", code).split(";"):
         if not line.strip():
             continue
-        name, *operands = re.split(r"[\s,]+", line.strip())
-        out, *args = operands
-        if name == "mov.b32":
-            result = value(args[0])
-        elif name == "and.b32":
-            result = value(args[0]) & value(args[1])
-        elif name == "shr.u32":
-            result = value(args[0]) >> value(args[1])
-        elif name == "shl.b32":
-            result = value(args[0]) << value(args[1]) & 0xFFFFFFFF
+        name, out, *args = re.split(r"[\s,]+", line.strip())
+        if name == "selp.b32":
+            result = value(args[0] if value(args[2]) else args[1])
         elif name == "prmt.b32":
             pool, select, result = value(args[0]) | value(args[1]) << 32, value(args[2]), 0
             for i in range(4):
@@ -151,10 +141,24 @@ def run_ptx(code, registers):
             p, q, mask = (value(arg) for arg in args[:3])
             assert args[3] == "0xD8"
             result = p & ~mask | q & mask
-        else:
-            assert name == "fma.rn.bf16x2"
+        elif name == "shfl.sync.idx.b32":
+            assert args[0] == "$5"
+            result = lanes[value(args[1]) & 31]
+        elif name == "fma.rn.bf16x2":
             x, y, z = (halves(value(arg)) for arg in args)
             result = int((x * y + z).astype(jnp.bfloat16).view(np.uint32)[0])
+        else:
+            simple = {
+                "mov.b32": lambda x: x,
+                "mov.u32": lambda x: x,
+                "and.b32": lambda x, y: x & y,
+                "or.b32": lambda x, y: x | y,
+                "shr.u32": lambda x, y: x >> y,
+                "shl.b32": lambda x, y: x << y & 0xFFFFFFFF,
+                "mul.lo.u32": lambda x, y: x * y & 0xFFFFFFFF,
+                "setp.ne.b32": lambda x, y: int(x != y),
+            }
+            result = simple[name](*(value(arg) for arg in args))
         registers[out] = result
     return registers
 
