@@ -141,7 +141,7 @@ def _kernel(x_gmem, w_gmem, out_gmem, max_gmem, sum_gmem, *, softcap: float | No
 
             def body(_, x_smem, w_smem, acc_ref):
                 x_half = x_smem.at[pl.ds(half * _HALF, _HALF)]
-                plgpu.wgmma(acc_ref, x_half, plgpu.transpose_ref(w_smem, (1, 0)))
+                plgpu.wgmma(acc_ref, x_half, w_smem.transpose((1, 0)))
                 plgpu.wgmma_wait(0)
                 return acc_ref
 
