@@ -12,8 +12,8 @@ import jax
 
 __all__ = ["PRESETS", "checkpoint_wrapper"]
 
-# Names are given to tensors by `checkpoint_name`: in models/decoder.py, and in kernels/attention for "attention" and its
-# log-sum-exp, without which the attention kernel would run again.
+# Names are given to tensors by `checkpoint_name`: in models/decoder.py, and in kernels/attention for "attention" and
+# its log-sum-exp, without which the attention kernel would run again.
 _SELECTIVE = ("q", "k", "v", "attention", "attention_lse", "residual", "gate", "up")
 PRESETS = ("none", "selective", "full")
 
