@@ -4,8 +4,8 @@ XLA reads a row twice in forward and both rows twice in backward, once for the s
 x [M, D] of 2 bytes: forward 4 M D (with residual 8 M D), backward 6 M D (8 M D); nothing but memory matters.
 
 H100, 8192 x 4096 bfloat16, without residual: forward 44 us, backward 71 us, together 115 where copying as many bytes
-takes 114. XLA needs 197 with the backward rule of rms_norm.py, 299 when it differentiates the formula itself. One, two
-or four rows a program and 4 to 16 warps differ by 2 %.
+takes 114. XLA needs 197 with the backward rule of rms_norm.py, 299 when it differentiates the formula itself. With
+residual 180, XLA 252 and 362. One row a program, 4 or 8 warps: the same within 2 %.
 """
 
 import functools

@@ -106,6 +106,7 @@ def rope_tables(config: RopeConfig, dim: int, positions: jax.Array) -> tuple[jax
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates x [B, T, heads, H]; feature i pairs with i + H/2. cos, sin: [B, T, H/2]."""
+    # No kernel: on an H100 XLA takes 67 us for q and k, 4096 x (32 + 8) x 128, both ways; copying as much takes 57.
     cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

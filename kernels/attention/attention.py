@@ -15,6 +15,8 @@ from lora_jax.kernels.dispatch import default_platform, resolve
 
 __all__ = ["flash_attention"]
 
+_FEW_QUERIES = 16  # below this the kernels, which share out blocks of queries, leave most of a GPU idle
+
 
 def flash_attention(
     q: jax.Array,
@@ -69,7 +71,7 @@ def flash_attention(
     supported: dict[str, str | None] = {"xla": None}
     for name in ("cudnn", "triton", "mosaic"):
         supported[name] = _module(name).why_not(q, k, v, **features)
-    chosen = resolve("flash_attention", implementation, supported, _preference(plain))
+    chosen = resolve("flash_attention", implementation, supported, _preference(plain, q.shape[1]))
     if chosen == "xla":
         if segment_start is None:
             segment_start = jnp.zeros(q.shape[:2], jnp.int32)
@@ -95,13 +97,14 @@ def _check_shapes(q, k, v, segment_start, sinks) -> None:
         raise ValueError(f"flash_attention: sinks must be [{heads}], one for each query head, got {sinks.shape}")
 
 
-def _preference(plain: bool) -> tuple[str, ...]:
+def _preference(plain: bool, queries: int) -> tuple[str, ...]:
     """Implementations in the order to try them. Without a GPU the others run only when they are named.
 
-    H100, 1 x 8192, 32 / 8 heads of 128, kernels of forward and of both: Mosaic 869 and 3529 us, cuDNN 885 and 3548,
-    Triton 1253 and 4700. All but cuDNN give the same bits every time.
+    H100, 32 / 8 heads of 128, microseconds of kernels. Forward and backward: 1 x 8192 Mosaic 3468, cuDNN 3513, Triton
+    about 4700; 2 x 2048 Mosaic 530, cuDNN 632. Forward over a cache of 4096 keys: one query XLA 16, Triton 109 (in
+    8 rows 159, 192); 512 queries XLA 498, Triton 80. All but cuDNN give the same bits every time.
     """
-    if default_platform() != "gpu":
+    if default_platform() != "gpu" or queries < _FEW_QUERIES:
         return ("xla",)
     return ("mosaic", "cudnn", "triton", "xla") if plain else ("mosaic", "triton", "cudnn", "xla")
 
