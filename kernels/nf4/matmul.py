@@ -55,7 +55,7 @@ def lora_matmul(
     if dropout_rate and dropout_key is None:
         raise ValueError(f"lora_matmul: dropout_rate={dropout_rate} needs a dropout_key")
     rows = x.reshape(-1, k)
-    chosen = _choose(rows, w, implementation)
+    chosen = _choose(rows, w, a, implementation)
     if a is None or b is None:
         y = _base(rows, w, chosen)
     else:
@@ -63,11 +63,12 @@ def lora_matmul(
     return y.reshape(*x.shape[:-1], n)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _choose(x, w, implementation):
+def _choose(x, w, a, implementation):
     """The implementation for x [M, K] and a weight; only the chosen kernels are imported."""
     if implementation == "xla" or (implementation is None and default_platform() != "gpu"):
         return "xla"
-    return resolve("lora_matmul", implementation, {"xla": None, "triton": _triton().why_not(x, w)}, ("triton", "xla"))
+    supported = {"xla": None, "triton": _triton().why_not(x, w, a)}
+    return resolve("lora_matmul", implementation, supported, ("triton", "xla"))
 
 
 def _triton():

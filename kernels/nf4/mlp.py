@@ -64,7 +64,7 @@ def _why_not(x, gate, up, down) -> str | None:
     for name, p in (("gate", gate), ("up", up), ("down", down)):
         if p.a is None or p.b is None:
             return f"{name} has no adapter"
-        if (reason := triton.why_not(x, p.w)) is not None:
+        if (reason := triton.why_not(x, p.w, p.a)) is not None:
             return f"{name}: {reason}"
     return None
 

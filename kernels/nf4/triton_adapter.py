@@ -4,10 +4,12 @@ An exact LoRA product costs no matmul of its own if it rides in the base matmul:
 x A is a by-product of writing the extended activations, and in backward dy B^T is a by-product of dy [W, B^T, 0].
 
 Bytes for bfloat16 x [M, K]: `extend` reads and writes M K (67 MB for 4096 x 4096: 23 us at 2.95 TB/s), so does
-`add_product`. Both do 2 M K R operations on tensor cores, which is nothing.
+`add_product`. Both do 2 M K R operations on tensor cores, which is nothing. Measured on an H100: 30 us and 26 us; XLA's
+concatenation and thin matmul took 38 us.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from lora_jax.kernels import dispatch
 
-__all__ = ["add_product", "extend", "padded_rank"]
+__all__ = ["add_product", "extend", "extend_combined", "load", "padded_rank", "row_mask", "store"]
 
 
 def padded_rank(rank: int) -> tuple[int, int]:
@@ -25,46 +27,62 @@ def padded_rank(rank: int) -> tuple[int, int]:
     return padded, max(64, padded)
 
 
-def extend(
-    x: jax.Array, a: jax.Array, *, block: int = 16, step: int = 256, warps: int = 4, stages: int = 3
-) -> jax.Array:
+def extend(x: jax.Array, a: jax.Array) -> jax.Array:
     """Returns [x, x a, 0], bfloat16 [M, K + E], for x [M, K] and a [K, R], R a power of two from 16 on."""
-    m, k = x.shape
-    extra = padded_rank(a.shape[1])[1]
+    return extend_combined(lambda tile: tile, (x,), a, "lora_extend")
+
+
+def extend_combined(combine, inputs, a: jax.Array, name: str, *, block=64, step=128, parts=8, warps=4) -> jax.Array:
+    """Returns [h, h a, 0] for h = combine(*inputs), elementwise, all bfloat16 [M, K].
+
+    A program walks through a part of K; the products of the parts are summed outside, in a fixed order.
+    """
+    (m, k), r = inputs[0].shape, a.shape[1]
+    extra = padded_rank(r)[1]
     step = _divisor(k, step)
-    return pl.pallas_call(
-        functools.partial(_extend_kernel, block=block, step=step, extra=extra),
-        grid=(pl.cdiv(m, block),),
-        out_shape=jax.ShapeDtypeStruct((m, k + extra), x.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+    parts = math.gcd(k // step, parts)
+    out, sums = pl.pallas_call(
+        functools.partial(_extend_kernel, combine=combine, block=block, step=step, parts=parts),
+        grid=(pl.cdiv(m, block), parts),
+        out_shape=(
+            jax.ShapeDtypeStruct((m, k + extra), inputs[0].dtype),
+            jax.ShapeDtypeStruct((parts, m, r), jnp.float32),
+        ),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
         interpret=dispatch.interpret(),
-        name="lora_extend",
-    )(x, a)
+        name=name,
+    )(*inputs, a)
+    thin = jnp.pad(sums.sum(0).astype(out.dtype), ((0, 0), (0, extra - r)))
+    return jax.lax.dynamic_update_slice(out, thin, (0, k))
 
 
-def _extend_kernel(x_ref, a_ref, out_ref, *, block, step, extra):
-    (m, k), r = x_ref.shape, a_ref.shape[1]
+def _extend_kernel(*refs, combine, block, step, parts):
+    in_refs, (a_ref, out_ref, sums_ref) = refs[:-3], refs[-3:]
+    (m, k), r = in_refs[0].shape, a_ref.shape[1]
     rows = pl.ds(pl.program_id(0) * block, block)
     mask = row_mask(m, block, pl.cdiv(m, block), pl.program_id(0) * block)
+    count = k // step // parts
+    part = pl.program_id(1)
 
-    def body(i, total):
-        cols = pl.ds(i * step, step)
-        x = load(x_ref, (rows, cols), mask)
-        store(out_ref, (rows, cols), x, mask)
-        return total + plgpu.dot(x, a_ref[cols, :])
+    def tiles(i):
+        cols = pl.ds((part * count + jnp.minimum(i, count - 1)) * step, step)
+        return tuple(load(ref, (rows, cols), mask) for ref in in_refs)
 
-    total = jax.lax.fori_loop(0, k // step, body, jnp.zeros((block, r), jnp.float32))
-    store_thin(out_ref, rows, k, total, extra, mask)
+    def body(i, carry):
+        # The next tiles are loaded first. It also keeps the compiler from computing `combine` in the layout of a dot's
+        # operand, where each warp repeats the work of the others: 416 instead of 151 us for the gated activation.
+        total, now = carry
+        ahead = tiles(i + 1)
+        h = combine(*now)
+        cols = pl.ds((part * count + i) * step, step)
+        store(out_ref, (rows, cols), h, mask)
+        return total + plgpu.dot(h, a_ref[cols, :]), ahead
 
-
-def store_thin(out_ref, rows, first, thin, extra, mask):
-    """Writes a thin product and the zeros that fill it up to `extra` columns."""
-    width = thin.shape[1]
-    store(out_ref, (rows, pl.ds(first, width)), thin.astype(out_ref.dtype), mask)
-    done = width
-    while done < extra:
-        store(out_ref, (rows, pl.ds(first + done, done)), jnp.zeros((thin.shape[0], done), out_ref.dtype), mask)
-        done *= 2
+    total, _ = jax.lax.fori_loop(0, count, body, (jnp.zeros((block, r), jnp.float32), tiles(0)))
+    if mask is None:
+        sums_ref[part, rows, :] = total
+    else:
+        plgpu.store(sums_ref.at[part, rows, :], total, mask=jnp.broadcast_to(mask, total.shape))
 
 
 def add_product(y: jax.Array, b: jax.Array, *more: jax.Array, block=64, cols=128, warps=4) -> jax.Array:
@@ -91,7 +109,7 @@ def _add_kernel(b_ref, *refs, block, cols):
     mask = row_mask(m, block, pl.cdiv(m, block), pl.program_id(0) * block)
     y = sum(load(ref, (rows, part), mask).astype(jnp.float32) for ref in y_refs)
     thin = sum(load(ref, (rows, pl.ds(n, r)), mask).astype(jnp.float32) for ref in y_refs)
-    y += plgpu.dot(thin.astype(out_ref.dtype), b_ref[:, part])
+    y += plgpu.dot(thin.astype(out_ref.dtype), b_ref[:, part])  # pyright: ignore[reportAttributeAccessIssue]
     store(out_ref, (rows, part), y.astype(out_ref.dtype), mask)
 
 
