@@ -3,12 +3,25 @@
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 import jax
 
-__all__ = ["default_platform", "interpret", "resolve", "unsupported", "using"]
+__all__ = [
+    "compute_capability",
+    "default_platform",
+    "interpret",
+    "on_gpu",
+    "resolve",
+    "sm_count",
+    "unsupported",
+    "using",
+    "why_not_hopper",
+]
+
+
+Reason = str | Callable[[], str | None] | None  # why an implementation cannot do a call
 
 
 @functools.cache
@@ -20,6 +33,32 @@ def default_platform() -> str:
 def interpret() -> bool:
     """Whether Pallas kernels run in interpret mode: slow, on any device, for tests. True without a GPU."""
     return default_platform() != "gpu"
+
+
+def compute_capability() -> str | None:
+    """Of the first device: "9.0" for Hopper. None if it has none."""
+    return getattr(jax.devices()[0], "compute_capability", None)
+
+
+def why_not_hopper() -> str | None:
+    """The reason why a kernel for Hopper's instructions cannot run here, or None if it can."""
+    if default_platform() != "gpu":
+        return f"it needs an NVIDIA GPU of the Hopper family, JAX runs on {default_platform()}"
+    if (capability := compute_capability()) != "9.0":
+        return f"it needs a GPU of the Hopper family (compute capability 9.0), this one has {capability}"
+    return None
+
+
+def sm_count() -> int:
+    """Streaming multiprocessors of the device that is compiled for; those of an H100 where none is known."""
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    cores = None if target is None else target.num_cores
+    return cores or getattr(jax.devices()[0], "core_count", 132)
+
+
+def on_gpu(*names: str) -> tuple[str, ...]:
+    """A preference for `resolve`: these implementations and then XLA on a GPU, XLA alone elsewhere."""
+    return (*names, "xla") if default_platform() == "gpu" else ("xla",)
 
 
 _USING: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("implementations", default=None)
@@ -38,13 +77,14 @@ def using(**implementations: str) -> Iterator[None]:
         _USING.reset(token)
 
 
-def resolve(op: str, implementation: str | None, supported: dict[str, str | None], preference: tuple[str, ...]) -> str:
+def resolve(op: str, implementation: str | None, supported: Mapping[str, Reason], preference: tuple[str, ...]) -> str:
     """Chooses the implementation of an op.
 
     Args:
       op: name of the op, for messages.
       implementation: the name asked for, or None to choose (or to take the one that `using` names).
-      supported: every known name, with None if it can do this call or the reason why it cannot.
+      supported: every known name, with None if it can do this call or the reason why it cannot, or with a function
+        that returns the one or the other and is called only if the name comes into question.
       preference: names in the order they should be tried when `implementation` is None.
 
     Raises:
@@ -55,10 +95,14 @@ def resolve(op: str, implementation: str | None, supported: dict[str, str | None
     if implementation is not None:
         if implementation not in supported:
             raise ValueError(f"{op}: implementation={implementation!r} is unknown; known are {', '.join(supported)}")
-        if (reason := supported[implementation]) is not None:
+        if (reason := _reason(supported[implementation])) is not None:
             unsupported(op, implementation, reason)
         return implementation
-    return next(name for name in preference if supported[name] is None)
+    return next(name for name in preference if _reason(supported[name]) is None)
+
+
+def _reason(given: Reason) -> str | None:
+    return given() if callable(given) else given
 
 
 def unsupported(op: str, implementation: str, reason: str) -> NoReturn:

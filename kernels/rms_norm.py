@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels.dispatch import default_platform, resolve
+from lora_jax.kernels.dispatch import on_gpu, resolve
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
@@ -48,11 +48,13 @@ def add_rms_norm(
 
 
 def _choose(x: jax.Array, implementation: str | None) -> str:
-    from lora_jax.kernels import rms_norm_triton
+    def why_not_triton():
+        from lora_jax.kernels import rms_norm_triton
 
-    supported = {"xla": None, "triton": rms_norm_triton.why_not(x)}
-    preference = ("triton", "xla") if default_platform() == "gpu" and x.dtype != jnp.float32 else ("xla",)
-    return resolve("rms_norm", implementation, supported, preference)
+        return rms_norm_triton.why_not(x)
+
+    preference = ("xla",) if x.dtype == jnp.float32 else on_gpu("triton")
+    return resolve("rms_norm", implementation, {"xla": None, "triton": why_not_triton}, preference)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

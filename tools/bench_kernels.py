@@ -4,15 +4,13 @@
     python -m lora_jax.tools.bench_kernels --only attention loss
 
 Every group of ops runs in a process of its own on random bfloat16 data. A time is the device time of one call: the sum
-of its kernels, from CUPTI, the median over runs, with working sets that rotate so that weights come from device memory.
+of its kernels, from CUPTI, the mean over runs, with working sets that rotate so that weights come from device memory.
 Speed depends on the card: compare the numbers of one run only. bitsandbytes, Unsloth and torch are measured by
 `bench_kernels_torch`, in processes of their own, if they can be imported.
 """
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -98,29 +96,28 @@ def table(rows: list[Row]) -> str:
 
 def run_group(name: str) -> None:
     """Runs one group in this process, printing one line a row."""
-    import jax
+    from lora_jax.tools.bench_step import environment
 
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    environment = {
-        "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "jaxlib": importlib.metadata.version("jaxlib"),
-        "commit": git.stdout.strip() or "unknown",
-    }
-    print("ENVIRONMENT " + json.dumps(environment))
+    print("ENVIRONMENT " + json.dumps(environment()))
     GROUPS[name]()
 
 
 def report(
     op: str, case: str, implementation: str, fn: Callable, sets: list[tuple], *, flops: float = 0, bytes: float = 0
 ) -> None:
-    """Times fn and prints a row; an implementation that refuses or fails is a row with the reason."""
+    """Times fn and prints a row."""
     from lora_jax.tools.measure import kernel_times
 
+    print_row(op, case, implementation, lambda: sum(us for _, us in kernel_times(fn, sets)), flops, bytes)
+
+
+def print_row(
+    op: str, case: str, implementation: str, measure: Callable[[], float], flops: float = 0, bytes: float = 0
+) -> None:
+    """Measures microseconds and prints a row; an implementation that refuses or fails is a row with the reason."""
     row: Row = {"op": op, "case": case, "implementation": implementation}
     try:
-        us = sum(us for _, us in kernel_times(fn, sets))
+        us = measure()
     except Exception as error:  # a benchmark goes on; the reason is in its result
         print("ROW " + json.dumps({**row, "why": f"{type(error).__name__}: {str(error)[:200]}"}), flush=True)
         return
@@ -153,16 +150,12 @@ def dequantize() -> None:
     """NF4 to bfloat16."""
     import jax.numpy as jnp
 
-    from lora_jax.kernels.nf4 import dequantize
+    from lora_jax.kernels.nf4 import dequantize, triton
 
     for n, k in ((F, D), (D, F), (D, D), (1024, D)):
         sets = [(nf4_weight(seed, n, k),) for seed in range(max(4, 8 * F // n if n * k < D * F else 4))]
         size = n * k * (0.5 + 2 + 1 / 64)
         report("dequantise NF4", f"{n}x{k}", "xla", lambda w: dequantize(w, jnp.bfloat16), sets, bytes=size)
-        try:
-            from lora_jax.kernels.nf4 import triton  # pyright: ignore[reportAttributeAccessIssue]
-        except ImportError:
-            continue
         report("dequantise NF4", f"{n}x{k}", "triton", triton.dequantize, sets, bytes=size)
 
 
@@ -172,7 +165,7 @@ def linear() -> None:
 
     from lora_jax.kernels.nf4 import lora_matmul
 
-    names = ("xla", "triton", "triton_inloop", "mosaic", None)
+    names = ("xla", "triton", None)
     for n, k in ((F, D), (D, F)):
         weights = [nf4_weight(seed, n, k) for seed in range(8)]
         dense = [normal(seed, (n, k), k**-0.5) for seed in range(2)]

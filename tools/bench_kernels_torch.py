@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-D, F, V = 4096, 14336, 128256
+from lora_jax.tools.bench_kernels import D, F, V, print_row
 
 
 def main() -> None:
@@ -59,8 +59,9 @@ class Torch:
         self, op: str, case: str, name: str, fns: list[Callable], *, flops: float = 0, bytes: float = 0, reps=20
     ) -> None:
         """Times the functions in turn and prints a row."""
-        torch, row = self.torch, {"op": op, "case": case, "implementation": name}
-        try:
+        torch = self.torch
+
+        def measure() -> float:
             for i in range(max(3, len(fns))):
                 fns[i % len(fns)]()
             torch.cuda.synchronize()
@@ -70,15 +71,9 @@ class Torch:
                 fns[i % len(fns)]()
                 marks[i + 1].record()
             torch.cuda.synchronize()
-        except Exception as error:  # a benchmark goes on; the reason is in its result
-            print("ROW " + json.dumps({**row, "why": f"{type(error).__name__}: {str(error)[:200]}"}), flush=True)
-            return
-        row["us"] = us = 1e3 * statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
-        if flops:
-            row["tflops"] = flops / us / 1e6
-        if bytes:
-            row["gbps"] = bytes / us / 1e3
-        print("ROW " + json.dumps(row), flush=True)
+            return 1e3 * statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+
+        print_row(op, case, name, measure, flops, bytes)
 
     def dequantize(self) -> None:
         """bitsandbytes' dequantisation."""

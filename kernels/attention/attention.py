@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.kernels.attention import cudnn, xla
-from lora_jax.kernels.dispatch import default_platform, resolve
+from lora_jax.kernels.dispatch import on_gpu, resolve
 
 __all__ = ["flash_attention"]
 
@@ -68,9 +68,11 @@ def flash_attention(
     factor: float = q.shape[-1] ** -0.5 if scale is None else float(scale)
     features = dict(segment_start=segment_start, query_offset=query_offset, window=window, softcap=softcap, sinks=sinks)
     plain = segment_start is None and window is None and softcap is None and sinks is None
-    supported: dict[str, str | None] = {"xla": None}
-    for name in ("cudnn", "triton", "mosaic"):
-        supported[name] = _module(name).why_not(q, k, v, **features)
+
+    def why_not(name: str):
+        return lambda: _module(name).why_not(q, k, v, **features)
+
+    supported = {"xla": None, **{name: why_not(name) for name in ("cudnn", "triton", "mosaic")}}
     chosen = resolve("flash_attention", implementation, supported, _preference(plain, q.shape[1]))
     if chosen == "xla":
         if segment_start is None:
@@ -104,9 +106,9 @@ def _preference(plain: bool, queries: int) -> tuple[str, ...]:
     about 4700; 2 x 2048 Mosaic 530, cuDNN 632. Forward over a cache of 4096 keys: one query XLA 16, Triton 109 (in
     8 rows 159, 192); 512 queries XLA 498, Triton 80. All but cuDNN give the same bits every time.
     """
-    if default_platform() != "gpu" or queries < _FEW_QUERIES:
+    if queries < _FEW_QUERIES:
         return ("xla",)
-    return ("mosaic", "cudnn", "triton", "xla") if plain else ("mosaic", "triton", "cudnn", "xla")
+    return on_gpu("mosaic", "cudnn", "triton") if plain else on_gpu("mosaic", "triton", "cudnn")
 
 
 def _module(name: str) -> ModuleType:

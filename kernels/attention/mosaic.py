@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from lora_jax.kernels.dispatch import default_platform
+from lora_jax.kernels.dispatch import sm_count, why_not_hopper
 
 __all__ = ["backward", "forward", "why_not"]
 
@@ -40,10 +40,8 @@ MASKED = -1e30  # finite: a row that sees nothing gets a mean of its values rath
 def why_not(q, k, v, *, segment_start, query_offset, window, softcap, sinks) -> str | None:
     """The reason why these kernels cannot do this call, or None if they can."""
     del segment_start, window
-    if default_platform() != "gpu":
-        return f"it needs an NVIDIA GPU of the Hopper family, JAX runs on {default_platform()}"
-    if compute_capability() != "9.0":
-        return f"it needs a GPU of the Hopper family (compute capability 9.0), this one has {compute_capability()}"
+    if (reason := why_not_hopper()) is not None:
+        return reason
     if q.dtype not in (jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
         return f"q, k and v must all be bfloat16 or all float16, got {q.dtype}, {k.dtype}, {v.dtype}"
     if not isinstance(query_offset, int) or query_offset != 0:
@@ -95,11 +93,6 @@ def in_eights(*arrays: jax.Array) -> list[jax.Array]:
     return [jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in arrays]
 
 
-def compute_capability() -> str | None:
-    """Of the first device: "9.0" for Hopper."""
-    return getattr(jax.devices()[0], "compute_capability", None)
-
-
 def padded(length: int) -> int:
     """Length of arrays with one number a query: whole blocks, so that TMA may copy them at any T."""
     return -(-length // (2 * ROWS)) * 2 * ROWS
@@ -117,11 +110,6 @@ def first_keys(segment_start, window: int | None, batch: int, length: int) -> ja
         first = jnp.maximum(first, positions - window + 1)
     first = jnp.minimum(first, positions)  # a query sees itself, whatever it is told: no empty rows
     return jnp.pad(first, ((0, 0), (0, padded(length) - length)), mode="edge")
-
-
-def sm_count() -> int:
-    """Streaming multiprocessors of the device; those of an H100 where there is none (compiling ahead of time)."""
-    return jax.devices()[0].core_count if default_platform() == "gpu" else 132
 
 
 def smem(shape, dtype):

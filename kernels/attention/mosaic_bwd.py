@@ -27,7 +27,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from lora_jax.kernels.attention import mosaic
-from lora_jax.kernels.attention.mosaic import LOG2E, MASKED, ROWS, padded, plgpu, sm_count, smem, snake, zeros
+from lora_jax.kernels.attention.mosaic import LOG2E, MASKED, ROWS, padded, plgpu, smem, snake, zeros
+from lora_jax.kernels.dispatch import sm_count
 
 __all__ = ["run_backward"]
 

@@ -7,7 +7,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels.dispatch import default_platform, resolve
+from lora_jax.kernels.dispatch import on_gpu, resolve
 from lora_jax.kernels.nf4.format import NF4Weight
 
 __all__ = ["grouped_lora_matmul"]
@@ -61,24 +61,26 @@ def grouped_lora_matmul(
         return jnp.zeros((0, n), x.dtype)
     if a is None or b is None:
         return _base(x, w, group_sizes, name)
-    pad = 0 if name == "xla" else triton_rank(a.shape[2]) - a.shape[2]  # zeros that change nothing
+    pad = 0 if name == "xla" else _kernel_rank(a.shape[2]) - a.shape[2]  # zeros that change nothing
     a, b = jnp.pad(a, ((0, 0), (0, 0), (0, pad))), jnp.pad(b, ((0, 0), (0, pad), (0, 0)))
     return _lora(x, w, group_sizes, a, b, float(scale), name)
 
 
-def triton_rank(rank: int) -> int:
-    """The rank that the kernels work with: a power of two, at least the 16 of a tensor core's tile."""
-    return max(16, 1 << (rank - 1).bit_length())
+def _kernel_rank(rank: int) -> int:
+    """The rank that the kernels work with."""
+    from lora_jax.kernels.nf4.triton_adapter import padded_rank
+
+    return padded_rank(rank)[0]
 
 
 def _choose(implementation: str | None, x, w) -> str:
     # "mosaic" is the fastest, but runs only where it is named until its results are confirmed on a GPU.
-    preference = ("triton", "xla") if default_platform() == "gpu" else ("xla",)
-    supported: dict[str, str | None] = {"xla": None, "triton": None, "mosaic": None}
-    for name in (implementation,) if implementation else preference:
-        if name in supported:
-            supported[name] = _module(name).why_not(x, w)
-    return resolve("grouped_lora_matmul", implementation, supported, preference)
+    supported = {name: functools.partial(_why_not, name, x, w) for name in ("xla", "triton", "mosaic")}
+    return resolve("grouped_lora_matmul", implementation, supported, on_gpu("triton"))
+
+
+def _why_not(name: str, x, w) -> str | None:
+    return _module(name).why_not(x, w)
 
 
 def _module(name: str) -> ModuleType:

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lora_jax.kernels import dispatch
+from lora_jax.kernels.dispatch import sm_count, why_not_hopper
 from lora_jax.kernels.grouped import triton
 from lora_jax.kernels.grouped.triton import grouped_outer
 from lora_jax.kernels.grouped.xla import row_ranges
@@ -50,10 +50,8 @@ class Tile:
 
 def why_not(x: jax.Array, w: jax.Array | NF4Weight) -> str | None:
     """Why this kernel cannot serve x [M, K] and w [E, N, K], or None."""
-    if dispatch.default_platform() != "gpu":
-        return f"it needs an NVIDIA GPU of the Hopper family, JAX runs on {dispatch.default_platform()}"
-    if (capability := getattr(jax.devices()[0], "compute_capability", None)) != "9.0":
-        return f"it needs a GPU of the Hopper family (compute capability 9.0), this one has {capability}"
+    if (reason := why_not_hopper()) is not None:
+        return reason
     if w.shape[1] % 256 or w.shape[2] % 256:
         return f"N and K must be multiples of 256, got [E, N, K] = {w.shape}"
     return triton.why_not(x, w)
@@ -81,13 +79,12 @@ def grouped_matmul(
         return grouped_matmul(x, w, group_sizes, contract=contract, thin=thin, b=b, tile=tile)[:m]
     tile = tile or Tile(stages=4 if rank == 16 else 3)  # what shared memory holds
     blocks = (m + 8 * experts) // tile.rows + experts + 2
-    sms = getattr(jax.devices()[0], "core_count", 132)
     kernel = functools.partial(_kernel, contract=contract, tile=tile, experts=experts)
     adapter = () if thin is None else (thin, b)
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, d), x.dtype),
-        grid=(sms,),
+        grid=(sm_count(),),
         grid_names=("sm",),
         num_threads=3,
         thread_name="wg",

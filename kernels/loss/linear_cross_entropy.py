@@ -19,7 +19,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels.dispatch import default_platform, resolve
+from lora_jax.kernels.dispatch import on_gpu, resolve
 from lora_jax.kernels.nf4 import NF4Weight, lora_matmul
 
 __all__ = ["IGNORE_INDEX", "Head", "linear_cross_entropy"]
@@ -106,9 +106,8 @@ def linear_cross_entropy(
             f"linear_cross_entropy: a head of [V, D] = [{vocab}, {dim}] wants x [M, {dim}] and labels [M]; "
             f"got x {x.shape}, labels {labels.shape}"
         )
-    supported = {"xla": None, "mosaic": _why_not_mosaic(x, head)}
-    preference = ("mosaic", "xla") if default_platform() == "gpu" else ("xla",)
-    implementation = resolve("linear_cross_entropy", implementation, supported, preference)
+    supported = {"xla": None, "mosaic": lambda: _why_not_mosaic(x, head)}
+    implementation = resolve("linear_cross_entropy", implementation, supported, on_gpu("mosaic"))
     multiple, size = (_module("mosaic").ROWS, 2) if implementation == "mosaic" else (1, 4)
     if chunk is None:
         chunk = max(256, 2 ** round(math.log2(_CHUNK_BYTES / (size * vocab))))
@@ -130,8 +129,6 @@ def _module(name: str) -> ModuleType:
 def _why_not_mosaic(x, head: Head) -> str | None:
     if head.a is not None or isinstance(head.weight, NF4Weight):
         return "a LoRA adapter on the head and an NF4 head are not supported"
-    if default_platform() != "gpu":
-        return f"it needs an NVIDIA GPU of the Hopper family, JAX runs on {default_platform()}"
     return _module("mosaic").why_not(x, head.weight)
 
 

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lora_jax.kernels.dispatch import default_platform
+from lora_jax.kernels.dispatch import sm_count, why_not_hopper
 
 __all__ = ["ROWS", "logits_and_statistics", "why_not"]
 
@@ -42,10 +42,8 @@ _LOG2E = 1.4426950408889634
 
 def why_not(x: jax.Array, w: jax.Array) -> str | None:
     """The reason why this kernel cannot do this call, or None if it can."""
-    if default_platform() != "gpu":
-        return f"it needs an NVIDIA GPU of the Hopper family, JAX runs on {default_platform()}"
-    if (capability := getattr(jax.devices()[0], "compute_capability", None)) != "9.0":
-        return f"it needs a GPU of the Hopper family (compute capability 9.0), this one has {capability}"
+    if (reason := why_not_hopper()) is not None:
+        return reason
     if x.dtype != jnp.bfloat16 or w.dtype != jnp.bfloat16:
         return f"x and the weight must be bfloat16, got {x.dtype} and {w.dtype}"
     if w.shape[0] % _COLUMNS or w.shape[1] % _DEPTH:
@@ -65,13 +63,11 @@ def logits_and_statistics(x: jax.Array, w: jax.Array, softcap: float | None = No
       (differences float16 [M, V], maxima float32 [V / 128, M], sums float32 [V / 128, M]).
     """
     (rows, _), (vocab, _) = x.shape, w.shape
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    cores = target.num_cores if target else jax.devices()[0].core_count
     statistics = jax.ShapeDtypeStruct((vocab // _COLUMNS, rows), jnp.float32)
     return plgpu.kernel(
         functools.partial(_kernel, softcap=softcap),
         out_type=(jax.ShapeDtypeStruct((rows, vocab), jnp.float16), statistics, statistics),
-        grid=(cores,),
+        grid=(sm_count(),),
         grid_names=("core",),
         num_threads=3,
         thread_name="warpgroup",

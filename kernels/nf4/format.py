@@ -17,7 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-__all__ = ["BLOCK", "CODE", "NESTED_BLOCK", "NF4Weight", "dequantize", "dequantize_absmax", "nested_code", "quantize"]
+__all__ = [
+    "BLOCK",
+    "CODE",
+    "NESTED_BLOCK",
+    "NF4Weight",
+    "dequantize",
+    "dequantize_absmax",
+    "nested_code",
+    "quantize",
+    "select",
+]
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -168,7 +178,7 @@ def _dequantize_one(w: NF4Weight, dtype: DTypeLike) -> jax.Array:
     n, half = w.packed.shape
     # Both nibbles are looked up and then interleaved. Shifting a doubled byte reads shorter, but XLA splits that into
     # several passes: a training step of an 8B model took 70 ms and 4 GiB more.
-    values = jnp.stack([_lookup(w.packed >> 4), _lookup(w.packed & 15)], axis=-1)
+    values = jnp.stack([select(w.packed >> 4, CODE), select(w.packed & 15, CODE)], axis=-1)
     absmax = dequantize_absmax(w)
     if absmax.ndim == 2:
         return (values.reshape(n, -1, BLOCK) * absmax[..., None]).reshape(n, 2 * half).astype(dtype)
@@ -176,9 +186,12 @@ def _dequantize_one(w: NF4Weight, dtype: DTypeLike) -> jax.Array:
     return (values.reshape(-1) * scale).reshape(n, 2 * half).astype(dtype)
 
 
-def _lookup(codes: jax.Array) -> jax.Array:
-    """CODE[codes] as a tree of selects on the four bits: 1.5x faster than a gather on a GPU, and it fuses."""
-    level = [jnp.float32(value) for value in CODE]
+def select(codes: jax.Array, table: np.ndarray) -> jax.Array:
+    """table[codes] for a table of 16, as a tree of selects on the four bits.
+
+    1.5x faster than a gather on a GPU, it fuses, and it works inside a Pallas kernel.
+    """
+    level = list(table)
     for bit in range(4):
         is_set = (codes >> bit & 1).astype(bool)
         level = [jnp.where(is_set, level[i + 1], level[i]) for i in range(0, len(level), 2)]

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels.dispatch import default_platform, resolve
+from lora_jax.kernels.dispatch import on_gpu, resolve
 from lora_jax.kernels.nf4 import xla
 from lora_jax.kernels.nf4.format import NF4Weight
 
@@ -65,10 +65,8 @@ def lora_matmul(
 
 def _choose(x, w, a, implementation):
     """The implementation for x [M, K] and a weight; only the chosen kernels are imported."""
-    if implementation == "xla" or (implementation is None and default_platform() != "gpu"):
-        return "xla"
-    supported = {"xla": None, "triton": _triton().why_not(x, w, a)}
-    return resolve("lora_matmul", implementation, supported, ("triton", "xla"))
+    supported = {"xla": None, "triton": lambda: _triton().why_not(x, w, a)}
+    return resolve("lora_matmul", implementation, supported, on_gpu("triton"))
 
 
 def _triton():

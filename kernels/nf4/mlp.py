@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.kernels.dispatch import resolve
+from lora_jax.kernels.dispatch import on_gpu, resolve
 from lora_jax.kernels.nf4.format import NF4Weight
 from lora_jax.kernels.nf4.matmul import lora_matmul
 
@@ -41,8 +41,8 @@ def lora_mlp(
     Raises:
       NotImplementedError: the named implementation cannot do this call.
     """
-    reason = _why_not(x, gate, up, down)
-    chosen = resolve("lora_mlp", implementation, {"xla": None, "triton": reason}, _preference())
+    supported = {"xla": None, "triton": lambda: _why_not(x, gate, up, down)}
+    chosen = resolve("lora_mlp", implementation, supported, on_gpu("triton"))
     if chosen == "xla":
         return _composed(x, gate, up, down)
     rows = x.reshape(-1, x.shape[-1])
@@ -50,12 +50,6 @@ def lora_mlp(
     factors = tuple(f for p in (gate, up, down) for f in (p.a, p.b))
     y = _mlp(rows, (gate.w, up.w, down.w), factors, scales)
     return y.reshape(*x.shape[:-1], -1)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _preference() -> tuple[str, ...]:
-    from lora_jax.kernels.dispatch import default_platform
-
-    return ("triton", "xla") if default_platform() == "gpu" else ("xla",)
 
 
 def _why_not(x, gate, up, down) -> str | None:
@@ -88,47 +82,46 @@ def _padded(factors, scales, dtype):
       the weights, each with its scale).
     """
     from lora_jax.kernels.nf4.triton_adapter import padded_rank
+    from lora_jax.kernels.nf4.triton_lora import columns
 
     ag, bg, au, bu, ad, bd = factors
     width, extra = padded_rank(ag.shape[1] + au.shape[1])
     rank, extra_down = padded_rank(ad.shape[1])
-    a_in = _fill(jnp.concatenate([ag, au], axis=1), width)
-    columns = (
-        _fill((scales[0] * bg).T, extra),
+    a_in = columns(jnp.concatenate([ag, au], axis=1), width)
+    beside = (
+        columns((scales[0] * bg).T, extra),
         jnp.pad((scales[1] * bu).T, ((0, 0), (ag.shape[1], extra - ag.shape[1] - au.shape[1]))),
-        _fill((scales[2] * bd).T, extra_down),
+        columns((scales[2] * bd).T, extra_down),
     )
-    return a_in.astype(dtype), _fill(ad, rank).astype(dtype), tuple(c.astype(dtype) for c in columns)
-
-
-def _fill(x, width):
-    return jnp.pad(x, ((0, 0), (0, width - x.shape[1])))
+    return a_in.astype(dtype), columns(ad, rank).astype(dtype), tuple(c.astype(dtype) for c in beside)
 
 
 def _mlp_fwd(x, weights, factors, scales):
     from lora_jax.kernels.nf4 import triton, triton_adapter, triton_mlp
+    from lora_jax.kernels.nf4.triton_lora import dot_t
 
     a_in, a_down, (bg, bu, bd) = _padded(factors, scales, x.dtype)
     f, k = weights[0].shape
     extended = triton_adapter.extend(x, a_in)
-    g = checkpoint_name(_dot_t(extended, triton.dequantize(weights[0], beside=bg)), "gate")
-    u = checkpoint_name(_dot_t(extended, triton.dequantize(weights[1], beside=bu)), "up")
+    g = checkpoint_name(dot_t(extended, triton.dequantize(weights[0], beside=bg)), "gate")
+    u = checkpoint_name(dot_t(extended, triton.dequantize(weights[1], beside=bu)), "up")
     h = triton_mlp.forward(g, u, a_down)
-    y = _dot_t(h, triton.dequantize(weights[2], beside=bd))
+    y = dot_t(h, triton.dequantize(weights[2], beside=bd))
     thin_in, thin_h = extended[:, k : k + a_in.shape[1]], h[:, f : f + a_down.shape[1]]
     return y, (x, g, u, thin_in, thin_h, weights, factors)
 
 
 def _mlp_bwd(scales, residuals, dy):
     from lora_jax.kernels.nf4 import triton, triton_adapter, triton_mlp
+    from lora_jax.kernels.nf4.triton_lora import dot
 
     x, g, u, thin_in, thin_h, weights, factors = residuals
     a_in, a_down, (bg, bu, bd) = _padded(factors, scales, x.dtype)
     k = x.shape[1]
-    dh = _dot(dy, triton.dequantize(weights[2], beside=bd))  # [dh of the base, dy B^T]
+    dh = dot(dy, triton.dequantize(weights[2], beside=bd))  # [dh of the base, dy B^T]
     dg, du, dad, dbg, dbu = triton_mlp.backward(g, u, dh, thin_in, a_down)
-    dx_gate = _dot(dg, triton.dequantize(weights[0], beside=bg))
-    dx_up = _dot(du, triton.dequantize(weights[1], beside=bu))
+    dx_gate = dot(dg, triton.dequantize(weights[0], beside=bg))
+    dx_up = dot(du, triton.dequantize(weights[1], beside=bu))
     dx = triton_adapter.add_product(dx_gate, a_in.T, dx_up)
     thin = slice(k, k + a_in.shape[1])
     da_in = _wide(x.T, dx_gate[:, thin] + dx_up[:, thin])  # either is zero where the other is not
@@ -145,15 +138,6 @@ def _mlp_bwd(scales, residuals, dy):
 
 
 _mlp.defvjp(_mlp_fwd, _mlp_bwd)
-
-
-def _dot_t(x, w):
-    """x [M, K] times W^T for W [N, K], rounded once."""
-    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
-
-
-def _dot(x, w):
-    return jnp.dot(x, w, preferred_element_type=x.dtype)
 
 
 def _wide(x, y):

@@ -38,11 +38,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend import backend
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from lora_jax.kernels.nf4.format import BLOCK, CODE, NF4Weight, dequantize_absmax
+from lora_jax.kernels.dispatch import sm_count
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NF4Weight, dequantize_absmax, select
 
 __all__ = ["TiledWeight", "matmul", "matmul_transposed", "tile_weight", "why_not"]
 
@@ -124,7 +124,8 @@ def matmul_transposed(dy, w, a=None, b=None, scale: float = 1.0, config: Config 
 def tile_weight(w: NF4Weight) -> TiledWeight:
     """Reorders a weight [N, K], both multiples of 64, for the kernel; lossless but for the scales, kept to 2^-16."""
     n, k = w.shape
-    codes = jnp.stack([_renumber(w.packed >> 4), _renumber(w.packed & 15)], axis=-1)
+    number = _tables()[0]
+    codes = jnp.stack([select(w.packed >> 4, number), select(w.packed & 15, number)], axis=-1)
     # n = (block, warp, half, row); k = (block, j, chunk, quad, element): wgmma's fragment of 64 x 64 in 16-bit pairs
     codes = codes.reshape(n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2).transpose(0, 4, 1, 2, 5, 3, 7, 6, 8)
     codes = codes.reshape(n // 64, k // 64, 4, 2, 2, 2, 32, 4).transpose(0, 1, 2, 3, 4, 6, 5, 7).astype(jnp.uint32)
@@ -182,14 +183,6 @@ def _tables() -> tuple[np.ndarray, list[int]]:
     return number, words
 
 
-def _renumber(codes):
-    level = [jnp.uint8(value) for value in _tables()[0]]
-    for bit in range(4):
-        is_set = (codes >> bit & 1).astype(bool)
-        level = [jnp.where(is_set, level[i + 1], level[i]) for i in range(0, len(level), 2)]
-    return level[0]
-
-
 def _call(x, blocks, thin, fragments, transposed: bool, config: Config):
     """The kernel: out [M, F] = x [M, C] times the weight, C contracted and F free, plus thin times fragments."""
     if spare := -x.shape[0] % 8:  # TMA moves whole groups of 8 rows
@@ -212,7 +205,7 @@ def _call(x, blocks, thin, fragments, transposed: bool, config: Config):
     kernel = plgpu.kernel(
         body if width else lambda x_ref, w_ref, *refs: body(x_ref, w_ref, None, None, *refs),
         out_type=jax.ShapeDtypeStruct((m, free), x.dtype),
-        grid=(_num_sms(),),
+        grid=(sm_count(),),
         grid_names=("sm",),
         num_threads=3,
         thread_name="wg",
@@ -336,15 +329,9 @@ def _rows(m: int, free: int) -> int:
     """Rows of a tile that finish first: waves of tiles times the time of one, which the look-ups bound from below."""
 
     def cost(rows):
-        return pl.cdiv(pl.cdiv(m, rows) * (free // 128), _num_sms()) * max(rows, 144)
+        return pl.cdiv(pl.cdiv(m, rows) * (free // 128), sm_count()) * max(rows, 144)
 
     return min((256, 192, 128, 64), key=cost)
-
-
-def _num_sms() -> int:
-    if device := jax.sharding.get_abstract_mesh().abstract_device:
-        return device.num_cores
-    return backend.get_default_device().core_count
 
 
 # What follows writes single instructions. Registers of a fragment [64, 64] are numbered [j][chunk][half]: 16 columns j,

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lora_jax.kernels import dispatch
-from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Weight
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Weight, select
 
 __all__ = ["dequantize", "why_not"]
 
@@ -135,21 +135,13 @@ def _rounded(op, x, y):
 def _pairs(codes, absmax):
     """Weights of bytes as int32: the bfloat16 of the high nibble in the low half, and the other above."""
     if dispatch.interpret():
-        halves = [_select(codes.astype(jnp.int32) >> shift & 15) * absmax for shift in (4, 0)]
+        halves = [select(codes.astype(jnp.int32) >> shift & 15, CODE) * absmax for shift in (4, 0)]
         low, high = (jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.int32) for x in halves)
         return low | high << 16
     # Equal for all elements, so that the compiler keeps one register of it; each lane has its own value.
     table = _asm(_lane_table(), (jnp.zeros((1, 1), jnp.int32),), "=r,r", jnp.int32)
     table = jnp.broadcast_to(table, codes.shape)
     return _asm(_lookup_four_bytes(), (codes, absmax, table), "=r,=r,=r,=r,r,f,f,f,f,r,r,r,r", jnp.int32, pack=4)
-
-
-def _select(codes):
-    """CODE[codes] for the interpreter, as a tree of selects."""
-    level = [jnp.float32(value) for value in CODE]
-    for bit in range(4):
-        level = [jnp.where(codes >> bit & 1 == 1, level[i + 1], level[i]) for i in range(0, len(level), 2)]
-    return level[0]
 
 
 def _asm(code, args, constraints, dtype, pack=1):

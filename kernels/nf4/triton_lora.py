@@ -12,17 +12,17 @@ from lora_jax.kernels.nf4.format import NF4Weight
 from lora_jax.kernels.nf4.triton import dequantize, why_not
 from lora_jax.kernels.nf4.triton_adapter import add_product, extend, padded_rank
 
-__all__ = ["base_matmul", "base_matmul_transposed", "forward", "input_gradient", "why_not"]
+__all__ = ["base_matmul", "base_matmul_transposed", "columns", "dot", "dot_t", "forward", "input_gradient", "why_not"]
 
 
 def base_matmul(x: jax.Array, w: NF4Weight) -> jax.Array:
     """x [M, K] times W^T: [M, N] in the dtype of x."""
-    return _dot_t(x, dequantize(w))
+    return dot_t(x, dequantize(w))
 
 
 def base_matmul_transposed(dy: jax.Array, w: NF4Weight) -> jax.Array:
     """dy [M, N] times W: [M, K] in the dtype of dy."""
-    return _dot(dy, dequantize(w))
+    return dot(dy, dequantize(w))
 
 
 def forward(x: jax.Array, w: NF4Weight, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -32,8 +32,8 @@ def forward(x: jax.Array, w: NF4Weight, a: jax.Array, b: jax.Array) -> tuple[jax
     a, b, extra = _padded(a, b)
     if k <= n:
         extended = extend(x, a)
-        return _dot_t(extended, dequantize(w, beside=_columns(b.T, extra))), extended[:, k : k + rank]
-    y = _dot_t(x, dequantize(w, below=_columns(a, extra).T))
+        return dot_t(extended, dequantize(w, beside=columns(b.T, extra))), extended[:, k : k + rank]
+    y = dot_t(x, dequantize(w, below=columns(a, extra).T))
     return add_product(y, b), None
 
 
@@ -43,24 +43,27 @@ def input_gradient(dy: jax.Array, w: NF4Weight, a: jax.Array, b: jax.Array) -> t
     rank = a.shape[1]
     a, b, extra = _padded(a, b)
     if k <= n:
-        dx = _dot(dy, dequantize(w, beside=_columns(b.T, extra)))
+        dx = dot(dy, dequantize(w, beside=columns(b.T, extra)))
         return add_product(dx, a.T), dx[:, k : k + rank]
     extended = extend(dy, b.T)
-    return _dot(extended, dequantize(w, below=_columns(a, extra).T)), extended[:, n : n + rank]
+    return dot(extended, dequantize(w, below=columns(a, extra).T)), extended[:, n : n + rank]
 
 
 def _padded(a, b):
     rank, extra = padded_rank(a.shape[1])
-    return _columns(a, rank), _columns(b.T, rank).T, extra
+    return columns(a, rank), columns(b.T, rank).T, extra
 
 
-def _columns(x, count):
+def columns(x, count):
+    """x [M, N] with zero columns up to `count`."""
     return jnp.pad(x, ((0, 0), (0, count - x.shape[1])))
 
 
-def _dot_t(x, w):
+def dot_t(x, w):
+    """x [M, K] times W^T for W [N, K], rounded once."""
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
 
 
-def _dot(x, w):
+def dot(x, w):
+    """x [M, N] times W [N, K], rounded once."""
     return jnp.dot(x, w, preferred_element_type=x.dtype)

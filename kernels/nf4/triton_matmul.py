@@ -47,7 +47,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lora_jax.kernels.dispatch import interpret
-from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Weight
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Weight, select
+from lora_jax.kernels.nf4.triton_adapter import padded_rank
 
 __all__ = ["FewRows", "ManyRows", "choose", "few_rows", "many_rows", "many_rows_transposed", "matmul", "why_not"]
 
@@ -351,7 +352,7 @@ def _weight_arrays(w: NF4Weight) -> dict[str, Any]:
 
 def _padded_rank(a) -> int:
     """Columns of the adapter's tiles: the tensor core wants 16 or more, Triton powers of two."""
-    return 0 if a is None else max(16, pl.next_power_of_2(a.shape[1]))
+    return 0 if a is None else padded_rank(a.shape[1])[0]
 
 
 def _pad_rank(x, rank):
@@ -442,7 +443,7 @@ def _values(packed, table, scales=None):
     With `scales` (float32 [n, h], one for both codes of a byte) they are multiplied by them and rounded once.
     """
     if interpret():
-        pair = [_select(packed >> 4), _select(packed & 15)]
+        pair = [select(packed >> 4, _TABLE), select(packed & 15, _TABLE)]
         if scales is not None:
             pair = [(v.astype(jnp.float32) * scales).astype(jnp.bfloat16) for v in pair]
     else:
@@ -461,14 +462,6 @@ def _twice(x):
     """The bits of a bf16 number in both halves of an int32."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int16).astype(jnp.int32) & 0xFFFF
     return bits | bits << 16
-
-
-def _select(codes):
-    """The table value of each code, for interpret mode."""
-    level = [jnp.bfloat16(value) for value in _TABLE]
-    for bit in range(4):
-        level = [jnp.where((codes >> bit & 1) > 0, level[i + 1], level[i]) for i in range(0, len(level), 2)]
-    return level[0]
 
 
 def _asm(code, args, constraints, pack, dtype):

@@ -135,8 +135,8 @@ def test_a_packed_row_equals_its_documents_alone():
 
 
 def test_what_it_cannot_do_it_says(monkeypatch):
-    monkeypatch.setattr("lora_jax.kernels.attention.mosaic.default_platform", lambda: "gpu")
-    monkeypatch.setattr("lora_jax.kernels.attention.mosaic.compute_capability", lambda: "9.0")
+    monkeypatch.setattr("lora_jax.kernels.dispatch.default_platform", lambda: "gpu")
+    monkeypatch.setattr("lora_jax.kernels.dispatch.compute_capability", lambda: "9.0")
     q, k = jnp.ones((1, 8, 4, 128), jnp.bfloat16), jnp.ones((1, 8, 2, 128), jnp.bfloat16)
     plain = dict(segment_start=None, query_offset=0, window=None, softcap=None, sinks=None)
     assert mosaic.why_not(q, k, k, **plain) is None
@@ -147,7 +147,7 @@ def test_what_it_cannot_do_it_says(monkeypatch):
     assert "one length" in mosaic.why_not(q[:, :4], k, k, **plain)
     assert "head_dim" in mosaic.why_not(q[..., :96], k[..., :96], k[..., :96], **plain)
     assert "float32" in mosaic.why_not(q.astype(jnp.float32), k, k, **plain)
-    monkeypatch.setattr("lora_jax.kernels.attention.mosaic.compute_capability", lambda: "8.0")
+    monkeypatch.setattr("lora_jax.kernels.dispatch.compute_capability", lambda: "8.0")
     assert "Hopper" in mosaic.why_not(q, k, k, **plain)
 
 

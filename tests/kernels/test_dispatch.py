@@ -27,3 +27,17 @@ def test_using_names_what_a_call_leaves_open():
             resolve("op", None, SUPPORTED, ("xla",))
         assert resolve("op", None, SUPPORTED, ("xla",)) == "triton"
     assert resolve("op", None, SUPPORTED, ("xla",)) == "xla"
+
+
+def test_a_reason_is_asked_for_only_where_it_matters():
+    asked = []
+
+    def why(name, reason):
+        return lambda: asked.append(name) or reason
+
+    supported = {"xla": None, "triton": why("triton", "no"), "mosaic": why("mosaic", None)}
+    assert resolve("op", None, supported, ("triton", "xla")) == "xla"
+    assert asked == ["triton"]
+    with using(op="triton"), pytest.raises(NotImplementedError, match="cannot do this call: no"):
+        resolve("op", None, supported, ("xla",))
+    assert asked == ["triton", "triton"]
