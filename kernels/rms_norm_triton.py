@@ -72,10 +72,11 @@ def backward(total, weight, inverse, dout, dtotal, plus_one: bool) -> jax.Array:
 
 
 def _specs(dim: int) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-    """Blocks of an array [M, D], of the weight and of an array [M]."""
+    """Blocks of an array [M, D], of the weight and of an array [M]; a power of two covers a row."""
+    width = pl.next_power_of_2(dim)
     return (
-        pl.BlockSpec((None, dim), lambda i: (i, 0)),
-        pl.BlockSpec((dim,), lambda i: (0,)),
+        pl.BlockSpec((None, width), lambda i: (i, 0)),
+        pl.BlockSpec((width,), lambda i: (0,)),
         pl.BlockSpec((1,), lambda i: (i,)),
     )
 
@@ -84,20 +85,12 @@ def _params(dim: int) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(num_warps=8 if dim > 2048 else 4, num_stages=1)
 
 
-def _slots(dim: int):
-    """(slice of a power of two that covers a row, which of its elements exist)."""
-    width = pl.next_power_of_2(dim)
-    return pl.ds(0, width), jnp.arange(width) < dim
-
-
 def _load(ref, dim: int) -> jax.Array:
-    slots, exists = _slots(dim)
-    return plgpu.load(ref.at[slots], mask=exists, other=0).astype(jnp.float32)
+    return plgpu.load(ref, mask=jnp.arange(ref.shape[0]) < dim, other=0).astype(jnp.float32)
 
 
 def _store(ref, value: jax.Array, dim: int) -> None:
-    slots, exists = _slots(dim)
-    plgpu.store(ref.at[slots], value.astype(ref.dtype), mask=exists)
+    plgpu.store(ref, value.astype(ref.dtype), mask=jnp.arange(ref.shape[0]) < dim)
 
 
 def _forward(*refs, dim: int, eps: float, plus_one: bool, add: bool):
