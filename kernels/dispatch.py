@@ -3,8 +3,11 @@
 import contextlib
 import contextvars
 import functools
+import json
+import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 
@@ -15,6 +18,8 @@ __all__ = [
     "on_gpu",
     "resolve",
     "sm_count",
+    "tuning",
+    "tuning_file",
     "unsupported",
     "using",
     "why_not_hopper",
@@ -59,6 +64,37 @@ def sm_count() -> int:
 def on_gpu(*names: str) -> tuple[str, ...]:
     """A preference for `resolve`: these implementations and then XLA on a GPU, XLA alone elsewhere."""
     return (*names, "xla") if default_platform() == "gpu" else ("xla",)
+
+
+def tuning_file() -> Path:
+    """Where `lora_jax.tools.tune_kernels` keeps what it measured on this machine: $LORA_JAX_TUNING, or in ~/.cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("LORA_JAX_TUNING") or f"{cache}/lora-jax/tuning.json").expanduser()
+
+
+@functools.cache
+def tuning(op: str) -> tuple[dict[str, Any], ...]:
+    """What was measured of an op on GPUs of this name: the user's own measurements, else those that come with us.
+
+    Returns:
+      One dict for each measured shape, as the op's module reads it; () if nothing was measured.
+
+    Raises:
+      ValueError: the user's file cannot be read as JSON of this form.
+    """
+    if default_platform() != "gpu":
+        return ()
+    gpu = jax.devices()[0].device_kind
+    for path in (tuning_file(), Path(__file__).with_name("tuning.json")):
+        if not path.is_file():
+            continue
+        try:
+            shapes = json.loads(path.read_text()).get(gpu, {}).get(op)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not a table of tunings ({error}): delete it, or measure again") from error
+        if shapes:
+            return tuple(shapes)
+    return ()
 
 
 _USING: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("implementations", default=None)

@@ -1,11 +1,15 @@
 """The linear layer of LoRA and QLoRA, y = x W^T + scale (dropout(x) A) B, with a backward pass that never keeps W."""
 
 import functools
+import importlib
+import math
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels.dispatch import on_gpu, resolve
+from lora_jax.kernels.dispatch import on_gpu, resolve, tuning, why_not_hopper
 from lora_jax.kernels.nf4 import xla
 from lora_jax.kernels.nf4.format import NF4Weight
 
@@ -36,7 +40,9 @@ def lora_matmul(
       dropout_rate: probability in [0, 1) that an input element of the adapter is zeroed; needs `dropout_key`.
       dropout_key: JAX random key; the mask is drawn again in backward instead of being kept.
       implementation: "triton" (decodes an NF4 weight at the speed of memory and adds the adapter inside one cuBLAS
-        matmul), "xla", or None to choose.
+        matmul), "triton_in_loop" (decodes it inside the matmul: for few rows), "mosaic" (the same with Hopper's
+        instructions; it reorders the weight on every call), "xla", or None for the one that was fastest when this GPU
+        was measured (`lora_jax.tools.tune_kernels`).
 
     Returns:
       [..., N] in the dtype of x.
@@ -63,67 +69,110 @@ def lora_matmul(
     return y.reshape(*x.shape[:-1], n)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _choose(x, w, a, implementation):
-    """The implementation for x [M, K] and a weight; only the chosen kernels are imported."""
-    supported = {"xla": None, "triton": lambda: _triton().why_not(x, w, a)}
-    return resolve("lora_matmul", implementation, supported, on_gpu("triton"))
+class _Choice(NamedTuple):
+    """Who computes what; hashable, so that custom_vjp can carry it."""
+
+    forward: str
+    dx: str
+    tiles: Hashable = None  # of "triton_in_loop" in forward; None for its own choice
 
 
-def _triton():
-    from lora_jax.kernels.nf4 import triton_lora
+def _choose(x, w, a, implementation) -> _Choice:
+    """The implementations for x [M, K] and a weight; only kernels that come into question are imported."""
+    tuned = _tuned(x.shape[0], *w.shape)
+    names = []
+    for direction, first in (("forward", tuned.forward), ("dx", tuned.dx)):
+        supported: dict[str, Any] = {"xla": None}
+        for name in ("triton", "triton_in_loop", "mosaic"):
+            supported[name] = functools.partial(_why_not, name, direction, x, w, a)
+        names.append(resolve("lora_matmul", implementation, supported, on_gpu(first, "triton")))
+    return _Choice(*names, tuned.tiles if names[0] == "triton_in_loop" else None)
 
-    return triton_lora
+
+def _tuned(m, n, k) -> _Choice:
+    """What was measured to be fastest on this GPU for the nearest shape; where nothing was measured, the prologue."""
+    shapes = tuning("lora_matmul")
+    if not shapes:
+        return _Choice("triton", "triton")
+    nearest = min(shapes, key=lambda one: abs(math.log(one["n"] / n)) + abs(math.log(one["k"] / k)))
+    row = next(row for row in nearest["rows"] if row["m"] is None or m <= row["m"])
+    return _Choice(row["forward"], row["dx"], tuple(sorted(row.get("tiles", {}).items())) or None)
+
+
+def _why_not(name, direction, x, w, a) -> str | None:
+    if name == "triton":
+        from lora_jax.kernels.nf4 import triton
+
+        return triton.why_not(x, w, a)
+    if name == "triton_in_loop":
+        from lora_jax.kernels.nf4 import triton_matmul
+
+        return triton_matmul.why_not(x, w, a)
+    if (reason := why_not_hopper()) is not None:
+        return reason
+    from lora_jax.kernels.nf4 import mosaic
+
+    return mosaic.why_not(x, w, transposed=direction == "dx")
+
+
+def _module(name) -> Any:
+    """The functions `base_matmul`, `base_matmul_transposed`, `forward` and `input_gradient` of an implementation."""
+    if name == "xla":
+        return xla
+    module = {"triton": "triton_lora", "triton_in_loop": "triton_matmul", "mosaic": "mosaic"}[name]
+    return importlib.import_module(f"lora_jax.kernels.nf4.{module}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _base(x, w, implementation):
-    return _matmuls(implementation).base_matmul(x, w).astype(x.dtype)
+def _base(x, w, choice):
+    options = {"tiles": choice.tiles} if choice.tiles else {}
+    return _module(choice.forward).base_matmul(x, w, **options).astype(x.dtype)
 
 
-def _base_fwd(x, w, implementation):
-    return _base(x, w, implementation), w
+def _base_fwd(x, w, choice):
+    return _base(x, w, choice), w
 
 
-def _base_bwd(implementation, w, dy):
-    return _matmuls(implementation).base_matmul_transposed(dy, w).astype(dy.dtype), None
+def _base_bwd(choice, w, dy):
+    return _module(choice.dx).base_matmul_transposed(dy, w).astype(dy.dtype), None
 
 
 _base.defvjp(_base_fwd, _base_bwd)
 
 
-def _matmuls(implementation):
-    return _triton() if implementation == "triton" else xla
-
-
-def _forward(x, w, a, b, key, scale, rate, implementation):
+def _forward(x, w, a, b, key, scale, rate, choice):
     """(y [M, N], dropout(x) A [M, R], or None if it has to be computed again)."""
     a, b = a.astype(x.dtype), (scale * b).astype(x.dtype)
-    if implementation == "triton" and key is None:
-        return _triton().forward(x, w, a, b)
+    options = {"tiles": choice.tiles} if choice.tiles else {}
+    if key is None:
+        return _module(choice.forward).forward(x, w, a, b, **options)
     thin = _dot(_dropout(x, key, rate), a).astype(x.dtype)
-    return (_matmuls(implementation).base_matmul(x, w) + _dot(thin, b)).astype(x.dtype), None
+    return (_module(choice.forward).base_matmul(x, w, **options) + _dot(thin, b)).astype(x.dtype), None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _lora(x, w, a, b, key, scale, rate, implementation):
-    return _forward(x, w, a, b, key, scale, rate, implementation)[0]
+def _lora(x, w, a, b, key, scale, rate, choice):
+    return _forward(x, w, a, b, key, scale, rate, choice)[0]
 
 
-def _lora_fwd(x, w, a, b, key, scale, rate, implementation):
-    y, thin = _forward(x, w, a, b, key, scale, rate, implementation)
+def _lora_fwd(x, w, a, b, key, scale, rate, choice):
+    y, thin = _forward(x, w, a, b, key, scale, rate, choice)
     return y, (x, w, a, b, key, thin)
 
 
-def _lora_bwd(scale, rate, implementation, residuals, dy):
+def _lora_bwd(scale, rate, choice, residuals, dy):
     x, w, a, b, key, thin = residuals
     a16, b16 = a.astype(x.dtype), (scale * b).astype(x.dtype)
     dropped = _dropout(x, key, rate)
-    if implementation == "triton" and key is None:
-        dx, dthin = _triton().input_gradient(dy, w, a16, b16)
+    if key is None:
+        dx, dthin = _module(choice.dx).input_gradient(dy, w, a16, b16)
     else:
+        dx, dthin = None, None
+    if dthin is None:
         dthin = _dot(dy, b16.T).astype(x.dtype)  # [M, R]
+    if dx is None:
         dx_adapter = _dropout(_dot(dthin, a16.T), key, rate)
-        dx = (_matmuls(implementation).base_matmul_transposed(dy, w) + dx_adapter).astype(x.dtype)
+        dx = (_module(choice.dx).base_matmul_transposed(dy, w) + dx_adapter).astype(x.dtype)
     if thin is None:
         thin = _dot(dropped, a16).astype(x.dtype)  # [M, R]
     da = _dot(dropped.T, dthin).astype(a.dtype)

@@ -42,9 +42,19 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from lora_jax.kernels.dispatch import sm_count
-from lora_jax.kernels.nf4.format import BLOCK, CODE, NF4Weight, dequantize_absmax, select
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NF4Weight, dequantize_absmax
 
-__all__ = ["TiledWeight", "matmul", "matmul_transposed", "tile_weight", "why_not"]
+__all__ = [
+    "TiledWeight",
+    "base_matmul",
+    "base_matmul_transposed",
+    "forward",
+    "input_gradient",
+    "matmul",
+    "matmul_transposed",
+    "tile_weight",
+    "why_not",
+]
 
 _FACTOR = 1.374555  # see "Rounding" above
 _TINY_NEGATIVE = 0x8080  # bf16 -1.2e-38: the code 0.0 in the class that lacks a fourth member
@@ -102,6 +112,26 @@ def why_not(
     return None
 
 
+def base_matmul(x: jax.Array, w: NF4Weight | TiledWeight) -> jax.Array:
+    """x [M, K] times W^T: [M, N] in the dtype of x."""
+    return matmul(x, w)
+
+
+def base_matmul_transposed(dy: jax.Array, w: NF4Weight | TiledWeight) -> jax.Array:
+    """dy [M, N] times W: [M, K] in the dtype of dy."""
+    return matmul_transposed(dy, w)
+
+
+def forward(x: jax.Array, w: NF4Weight | TiledWeight, a: jax.Array, b: jax.Array) -> tuple[jax.Array, None]:
+    """(x W^T + x a b [M, N], None) for a [K, R], b [R, N]: x a is computed again in backward."""
+    return matmul(x, w, a, b), None
+
+
+def input_gradient(dy: jax.Array, w: NF4Weight | TiledWeight, a: jax.Array, b: jax.Array) -> tuple[jax.Array, None]:
+    """(dy W + (dy b^T) a^T [M, K], None) for dy [M, N]."""
+    return matmul_transposed(dy, w, a, b), None
+
+
 def matmul(x, w, a=None, b=None, scale: float = 1.0, config: Config = Config()) -> jax.Array:
     """y [M, N] = x W^T + scale (x a) b for x bfloat16 [M, K], any M, W NF4 [N, K], a [K, R], b [R, N].
 
@@ -124,14 +154,14 @@ def matmul_transposed(dy, w, a=None, b=None, scale: float = 1.0, config: Config 
 def tile_weight(w: NF4Weight) -> TiledWeight:
     """Reorders a weight [N, K], both multiples of 64, for the kernel; lossless but for the scales, kept to 2^-16."""
     n, k = w.shape
-    number = _tables()[0]
-    codes = jnp.stack([select(w.packed >> 4, number), select(w.packed & 15, number)], axis=-1)
-    # n = (block, warp, half, row); k = (block, j, chunk, quad, element): wgmma's fragment of 64 x 64 in 16-bit pairs
-    codes = codes.reshape(n // 64, 4, 2, 8, k // 64, 4, 2, 4, 2).transpose(0, 4, 1, 2, 5, 3, 7, 6, 8)
-    codes = codes.reshape(n // 64, k // 64, 4, 2, 2, 2, 32, 4).transpose(0, 1, 2, 3, 4, 6, 5, 7).astype(jnp.uint32)
-    # [.., warp, half, pair of j, lane, 8 nibbles]
-    codes = codes.reshape(n // 64, k // 64, _WORDS, 8)
-    words = functools.reduce(jnp.bitwise_or, [codes[..., i] << (4 * i) for i in range(8)])
+    # Groups of 16 bytes hold 32 weights of a row. wgmma's fragment gives a thread (quad) the bytes quad, quad + 4,
+    # quad + 8 and quad + 12: its word is a column of the 4 x 4 bytes.
+    words = lax.bitcast_convert_type(w.packed.reshape(n, k // 8, 4), jnp.uint32)
+    words = _renumber(words >> 4 & np.uint32(0x0F0F0F0F) | (words & np.uint32(0x0F0F0F0F)) << 4)
+    words = words.reshape(n // 64, 4, 2, 8, k // 64, 2, 4)  # (block, warp, half, row), (block, pair of j, byte / 4)
+    quad = 8 * jnp.arange(4, dtype=jnp.uint32)
+    columns = [(words[..., i : i + 1] >> quad & 255) << 8 * i for i in range(4)]
+    words = functools.reduce(jnp.bitwise_or, columns).transpose(0, 4, 1, 2, 5, 3, 6).reshape(n // 64, k // 64, _WORDS)
     scale = dequantize_absmax(w) / np.float32(_FACTOR)
     # The upper half of a float32 is a bf16. Written with integers: XLA drops a conversion to bf16 and back, lo with it.
     hi = lax.bitcast_convert_type(scale, jnp.uint32) & np.uint32(0xFFFF0000)
@@ -140,6 +170,27 @@ def tile_weight(w: NF4Weight) -> TiledWeight:
     pair = pair.reshape(n // 64, 4, 2, 8, k // BLOCK).transpose(0, 4, 1, 3, 2).reshape(n // 64, k // 64, 64)
     blocks = lax.bitcast_convert_type(jnp.concatenate([words, pair], axis=-1), jnp.int32)
     return TiledWeight(blocks.reshape(n // 64, k // 64, 9, 64))
+
+
+def _renumber(words):
+    """The eight codes of each uint32, replaced by their new numbers, all eight at once.
+
+    Every bit of a number is the exclusive or of some products of the code's bits (its algebraic normal form).
+    """
+    ones = np.uint32(0x11111111)
+    planes = [words >> i & ones for i in range(4)]
+    products = {0: ones}
+    for subset in range(1, 16):
+        low = subset & -subset
+        plane = planes[low.bit_length() - 1]
+        products[subset] = plane if subset == low else plane & products[subset ^ low]
+    result = jnp.zeros_like(words)
+    for bit in range(4):
+        # The coefficient of a product is the parity of the table over the subsets of its bits.
+        table = _tables()[0] >> bit & 1
+        used = [p for s, p in products.items() if sum(table[t] for t in range(16) if t & ~s == 0) % 2]
+        result |= functools.reduce(jnp.bitwise_xor, used) << bit
+    return result
 
 
 def _width(rank: int) -> int:

@@ -50,7 +50,20 @@ from lora_jax.kernels.dispatch import interpret
 from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Weight, select
 from lora_jax.kernels.nf4.triton_adapter import padded_rank
 
-__all__ = ["FewRows", "ManyRows", "choose", "few_rows", "many_rows", "many_rows_transposed", "matmul", "why_not"]
+__all__ = [
+    "FewRows",
+    "ManyRows",
+    "base_matmul",
+    "base_matmul_transposed",
+    "choose",
+    "few_rows",
+    "forward",
+    "input_gradient",
+    "many_rows",
+    "many_rows_transposed",
+    "matmul",
+    "why_not",
+]
 
 # Chosen so that the sixteen products lie close to bf16 numbers: see "Numbers" above.
 _STRETCH = np.float32(1.4367)
@@ -114,12 +127,41 @@ def why_not(x, w, a=None, b=None) -> str | None:
 def choose(m: int, n: int, k: int) -> FewRows | ManyRows:
     """The configuration for x [m, k] and w [n, k], from measurements on an H100; each also compiles for sm_80 to 89."""
     if m > MAX_FEW:
-        return next(config for limit, config in _MANY if m <= limit)
+        return _many(m)
     config = next(config for limit, config in _FEW if m <= limit)
     blocks = math.gcd(config.blocks, k // BLOCK)
     wanted = max(1, _PROGRAMS // -(-n // config.bn))
     splits = next(s for s in range(wanted, 0, -1) if k // BLOCK // blocks % s == 0)
     return dataclasses.replace(config, blocks=blocks, splits=splits)
+
+
+def base_matmul(x: jax.Array, w: NF4Weight, tiles=None) -> jax.Array:
+    """x [M, K] times W^T: [M, N] in the dtype of x. `tiles`: pairs (field, value) that replace those of `choose`."""
+    return matmul(x, w, config=_replaced(x, w, tiles))
+
+
+def base_matmul_transposed(dy: jax.Array, w: NF4Weight) -> jax.Array:
+    """dy [M, N] times W: [M, K] in the dtype of dy."""
+    return many_rows_transposed(dy, w, config=_many(dy.shape[0]))
+
+
+def forward(x: jax.Array, w: NF4Weight, a: jax.Array, b: jax.Array, tiles=None) -> tuple[jax.Array, None]:
+    """(x W^T + x a b [M, N], None) for a [K, R], b [R, N]: x a is computed again in backward."""
+    return matmul(x, w, a, b, config=_replaced(x, w, tiles)), None
+
+
+def input_gradient(dy: jax.Array, w: NF4Weight, a: jax.Array, b: jax.Array) -> tuple[jax.Array, None]:
+    """(dy W + (dy b^T) a^T [M, K], None) for dy [M, N]."""
+    return many_rows_transposed(dy, w, a, b, config=_many(dy.shape[0])), None
+
+
+def _replaced(x, w, tiles):
+    config = choose(x.shape[0], *w.shape)
+    return config if tiles is None else dataclasses.replace(config, **dict(tiles))
+
+
+def _many(m: int) -> ManyRows:
+    return next(config for limit, config in _MANY if m <= limit)
 
 
 def matmul(x: jax.Array, w: NF4Weight, a=None, b=None, scale: float = 1.0, *, config=None) -> jax.Array:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.kernels.nf4 import dequantize, lora_matmul, quantize
+from lora_jax.kernels import dispatch
+from lora_jax.kernels.nf4 import dequantize, lora_matmul, matmul, quantize
 from lora_jax.kernels.nf4 import triton_matmul as tm
 from lora_jax.kernels.nf4.format import CODE
 
@@ -86,6 +87,48 @@ def test_chosen_configuration(m, n, k):
     x, _, w, a, b = problem(m, n, k, 4, True)
     standard = lora_matmul(x, w, a, b, SCALE, implementation="xla")
     check(lambda: tm.matmul(x, w, a, b, SCALE), forward64(x, w, a, b), standard, 1.1)
+
+
+@pytest.mark.parametrize(("m", "rank"), [(3, 5), (70, 16), (9, 0)])
+def test_as_an_implementation_of_lora_matmul(m, rank):
+    """Values and every gradient."""
+    x, dy, w, a, b = problem(m, 77, 128, rank, True)
+    args = (x,) if a is None else (x, a, b)
+
+    def run(implementation):
+        y, pull = jax.vjp(
+            lambda x, *ab: lora_matmul(x, w, *(ab or (None, None)), SCALE, implementation=implementation), *args
+        )
+        return y, *pull(dy)
+
+    with jax.enable_x64(True):
+        dense = jnp.asarray(float64(dequantize(w, jnp.float32)))
+        linear = lambda x, *ab: x @ dense.T + (SCALE * (x @ ab[0]) @ ab[1] if ab else 0)  # noqa: E731
+        y, pull = jax.vjp(linear, *(jnp.asarray(float64(z)) for z in args))
+        wanted = [np.asarray(z) for z in (y, *pull(jnp.asarray(float64(dy))))]
+    for got, usual, want in zip(run("triton_in_loop"), run("xla"), wanted, strict=True):
+        error, standard = (np.linalg.norm(float64(z) - want) for z in (got, usual))
+        assert error <= 1.1 * standard, (error, standard, np.linalg.norm(want))
+
+
+def test_the_tuning_table_chooses(monkeypatch):
+    rows = [
+        {"m": 4, "forward": "triton_in_loop", "dx": "triton", "tiles": {"bn": 128}},
+        {"m": None, "forward": "triton", "dx": "xla"},
+    ]
+    far = [{"m": None, "forward": "mosaic", "dx": "mosaic"}]
+    table = ({"n": 4096, "k": 512, "rows": far}, {"n": 64, "k": 128, "rows": rows})
+    monkeypatch.setattr(matmul, "tuning", lambda op: table)
+    monkeypatch.setattr(matmul, "on_gpu", lambda *names: (*names, "xla"))
+    x, _, w, a, _ = problem(5, 64, 128, 4, True)
+    assert matmul._choose(x[:4], w, a, None) == ("triton_in_loop", "triton", (("bn", 128),))
+    assert matmul._choose(x, w, a, None) == ("triton", "xla", None)
+    assert matmul._choose(x, w, a, "triton_in_loop") == ("triton_in_loop", "triton_in_loop", None)
+    with dispatch.using(lora_matmul="triton"):
+        assert matmul._choose(x[:4], w, a, None) == ("triton", "triton", None)
+    assert matmul._choose(x.astype(jnp.float32), w, a, None) == ("xla", "xla", None)  # the kernels refuse float32
+    _, _, wide, _, _ = problem(5, 1024, 512, 0, True)  # Mosaic is nearest, and refused without a Hopper GPU
+    assert matmul._choose(problem(5, 1024, 512, 0, True)[0], wide, None, None) == ("triton", "triton", None)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
