@@ -69,6 +69,7 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     import lora_jax
     from lora_jax.kernels.dispatch import using
     from lora_jax.optim import make_optimizer
+    from lora_jax.tools.measure import trace_totals
 
     batch, length = map(int, args.case.split("x"))
     shape = SHAPES[args.model]
@@ -96,6 +97,8 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     if args.trace:
         with jax.profiler.trace(args.trace):
             jax.block_until_ready(compiled(lora, opt_state, frozen, data))
+        for name, calls, ms in trace_totals(Path(args.trace))[:60]:
+            print(f"{ms:9.3f} ms  {calls:5} x  {name}", file=sys.stderr)
     seconds = float(np.median(times[args.warmup :]))
     stats = jax.devices()[0].memory_stats() or {}
     gib = 2**30
@@ -158,6 +161,8 @@ def main() -> None:
             command = [sys.executable, "-m", "lora_jax.tools.bench_step", *sys.argv[1:], "--case", case]
             done = subprocess.run([*command, "--remat-one", remat], capture_output=True, text=True)
             line = next((row for row in done.stdout.splitlines() if row.startswith("RESULT ")), None)
+            if args.trace:
+                print(done.stderr, file=sys.stderr)
             if line is None:
                 error = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
                 result = {"model": args.model, "case": case, "remat": remat, "error": error}

@@ -4,14 +4,19 @@ Working sets rotate, so that weights come from device memory and not from the L2
 before, so that XLA neither merges calls nor runs them beside each other.
 """
 
+import collections
+import gzip
+import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
-__all__ = ["kernel_times", "time_us"]
+__all__ = ["kernel_times", "time_us", "trace_totals"]
 
 
 def _program(fn: Callable, sets: Sequence[tuple]) -> Any:
@@ -62,3 +67,25 @@ def kernel_times(fn: Callable, sets: Sequence[tuple], *, repeats: int = 5) -> li
             totals[name] = totals.get(name, 0.0) + 1e3 * milliseconds
     count = repeats * len(sets)
     return sorted(((name, total / count) for name, total in totals.items()), key=lambda item: -item[1])
+
+
+def trace_totals(folder: Path) -> list[tuple[str, int, float]]:
+    """(name without its number, calls, milliseconds) of the GPU's kernels and copies in a `jax.profiler.trace` folder.
+
+    Copies on streams of their own run beside kernels, so the sum can exceed the time of the step.
+    """
+    trace = max(folder.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    named = (e for e in events if e.get("ph") == "M" and "name" in e.get("args", {}))
+    names = {(e["pid"], e.get("tid"), e["name"]): e["args"]["name"] for e in named}
+    totals: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    for e in events:
+        if e.get("ph") != "X":
+            continue
+        process = names.get((e["pid"], None, "process_name"), "")
+        thread = names.get((e["pid"], e["tid"], "thread_name"), "")
+        if "GPU" in process and "Stream" in thread:
+            total = totals[re.sub(r"[._]\d+$", "", e["name"])]
+            total[0] += 1
+            total[1] += e["dur"] / 1e3
+    return sorted(((name, int(count), ms) for name, (count, ms) in totals.items()), key=lambda row: -row[2])
