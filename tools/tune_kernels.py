@@ -19,6 +19,14 @@ ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 RANK = 16
 # Two ways to round a weight to bfloat16 differ by 2^-9 of it in root mean square; a wrong tile differs by far more.
 TOLERANCE = 2**-7
+ONE_TILES: tuple[dict[str, Any], ...] = (  # up to four rows
+    {},
+    {"rows": 8, "blocks": 16},
+    {"rows": 32},
+    {"rows": 16, "blocks": 16},
+    {"warps": 4},
+    {"stages": 3},
+)
 FEW_TILES: tuple[dict[str, Any], ...] = (
     {},
     {"shuffle": True},
@@ -115,7 +123,8 @@ def tune(n: int, k: int, all_rows: list[int]) -> list[tuple[int, dict[str, Any]]
 
 def _forms(direction: str, m: int) -> list[tuple[str, dict[str, Any] | None]]:
     """(implementation, tiles) to try; the table holds tiles for forward only."""
-    tiles = (FEW_TILES if m <= 64 else MANY_TILES) if direction == "forward" else ({},)
+    tiles = ONE_TILES if m <= 4 else FEW_TILES if m <= 64 else MANY_TILES
+    tiles = tiles if direction == "forward" else ({},)
     return [("triton", None), *(("triton_in_loop", t) for t in tiles), ("mosaic", None), ("xla", None)]
 
 

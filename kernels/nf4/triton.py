@@ -1,4 +1,4 @@
-"""Pallas-Triton kernel that decodes an NF4 weight into bfloat16, bit for bit as bitsandbytes does.
+"""Pallas-Triton kernel that decodes NF4 weights into bfloat16, bit for bit as bitsandbytes does.
 
 Idea: every lane of a warp keeps one of the 16 code values (lanes 16 to 31 repeat them), and a weight is looked up by a
 warp shuffle whose source lane is the 4-bit code: one shift and one shuffle a weight, where a tree of selects takes 15.
@@ -10,6 +10,7 @@ device copy reaches.
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -21,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from lora_jax.kernels import dispatch
 from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Weight, select
 
-__all__ = ["dequantize", "why_not"]
+__all__ = ["asm", "dequantize", "lane_table", "load_absmax", "why_not"]
 
 _TILE = 2048  # bytes of a row that one program decodes
 _BYTES = 2048  # bytes of all its rows: 8 for each of 256 threads
@@ -44,20 +45,20 @@ def why_not(x: jax.Array, w: jax.Array | NF4Weight, a: jax.Array | None = None) 
     return None
 
 
-def dequantize(w: NF4Weight, *, beside: jax.Array | None = None, below: jax.Array | None = None) -> jax.Array:
-    """Decodes one weight [N, K] to bfloat16, with room for an adapter that the same kernel copies in.
+def dequantize(*weights: NF4Weight, beside: jax.Array | None = None, below: jax.Array | None = None) -> jax.Array:
+    """Decodes weights to bfloat16, one below the other, with room for adapters that the same kernel copies in.
 
     Args:
-      w: weight without leading axes, K a multiple of 64.
+      weights: one or more [N_i, K] without leading axes, K a multiple of 64. N is the sum of their N_i.
       beside: bfloat16 [N, E], returned as columns K to K + E; E is 64 times a power of two.
       below: bfloat16 [E, K], returned as rows N to N + E. At most one of the two.
 
     Returns:
       bfloat16 [N, K], [N, K + E] or [N + E, K].
     """
-    n, half = w.packed.shape
-    tile = math.gcd(half, _TILE)
-    rows = math.gcd(n, _BYTES // tile)
+    counts, half = [w.packed.shape[0] for w in weights], weights[0].packed.shape[1]
+    n, tile = sum(counts), math.gcd(half, _TILE)
+    rows = math.gcd(*counts, _BYTES // tile)
     grid, shape = (n // rows, half // tile), (n, half)
     extra = []
     if beside is not None:
@@ -67,31 +68,46 @@ def dequantize(w: NF4Weight, *, beside: jax.Array | None = None, below: jax.Arra
         extra = [_as_pairs(below)]
         rows = math.gcd(rows, below.shape[0])
         grid, shape = ((n + below.shape[0]) // rows, half // tile), (n + below.shape[0], half)
-    scales = [w.absmax]
-    if w.nested_absmax is not None and w.nested_offset is not None and w.nested_code is not None:
-        scales += [w.nested_absmax, w.nested_offset.reshape(1), w.nested_code]
+    arrays = [_arrays(w) for w in weights]
+    sizes = tuple(len(one) for one in arrays)
     # Pairs of bfloat16 are written as 32-bit words; the bit casts around the kernel cost nothing.
     pairs = pl.pallas_call(
-        functools.partial(_kernel, rows=rows, tile=tile, scales=len(scales), beside=beside is not None),
+        functools.partial(_kernel, sizes=sizes, n=n, rows=rows, tile=tile, beside=beside is not None),
         grid=grid,
         out_shape=jax.ShapeDtypeStruct(shape, jnp.int32),
         compiler_params=plgpu.CompilerParams(num_warps=max(1, rows * tile // 256), num_stages=1),
         interpret=dispatch.interpret(),
         name="nf4_dequantize",
-    )(w.packed, *scales, *extra)
+    )(*itertools.chain(*arrays), *extra)
     return jax.lax.bitcast_convert_type(pairs, jnp.bfloat16).reshape(shape[0], 2 * shape[1])
+
+
+def _arrays(w: NF4Weight) -> list[jax.Array]:
+    """[codes, scales], and what double-quantised scales are decoded with."""
+    if w.nested_absmax is None or w.nested_offset is None or w.nested_code is None:
+        return [w.packed, w.absmax]
+    return [w.packed, w.absmax, w.nested_absmax, w.nested_offset.reshape(1), w.nested_code]
 
 
 def _as_pairs(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x.reshape(x.shape[0], -1, 2), jnp.int32)
 
 
-def _kernel(packed_ref, *refs, rows, tile, scales, beside):
-    """Rows [i rows, (i + 1) rows) and bytes [j tile, (j + 1) tile) of a weight, or their share of the adapter."""
-    scale_refs, extra_refs, out_ref = refs[:scales], refs[scales:-1], refs[-1]
-    n, half = packed_ref.shape
+def _kernel(*refs, sizes, n, rows, tile, beside):
+    """Rows [i rows, (i + 1) rows) and bytes [j tile, (j + 1) tile) of the weights, or their share of the adapter."""
+    weight_refs, extra_refs, out_ref = refs[: sum(sizes)], refs[sum(sizes) : -1], refs[-1]
+    half = refs[0].shape[1]
     row, col = pl.program_id(0) * rows, pl.program_id(1) * tile
-    decode = functools.partial(_decode, packed_ref, scale_refs, out_ref, row, col, rows, tile)
+
+    def decode():
+        first = start = 0
+        for size in sizes:
+            packed_ref, *scale_refs = weight_refs[start : start + size]
+            end = first + packed_ref.shape[0]
+            one = functools.partial(_decode, packed_ref, scale_refs, out_ref, first, row - first, col, rows, tile)
+            one() if len(sizes) == 1 else pl.when(jnp.logical_and(row >= first, row < end))(one)
+            first, start = end, start + size
+
     if not extra_refs:
         return decode()
     rest = pl.program_id(1) == half // tile if beside else pl.program_id(0) >= n // rows
@@ -105,16 +121,17 @@ def _kernel(packed_ref, *refs, rows, tile, scales, beside):
             out_ref[pl.ds(row, rows), pl.ds(col, tile)] = extra_refs[0][pl.ds(row - n, rows), pl.ds(col, tile)]
 
 
-def _decode(packed_ref, scale_refs, out_ref, row, col, rows, tile):
-    index = (pl.ds(row, rows), pl.ds(col, tile))
+def _decode(packed_ref, scale_refs, out_ref, first, row, col, rows, tile):
+    """Decodes a tile of a weight; the weight's first row is row `first` of the output."""
+    cols = pl.ds(col, tile)
     lines = row + jnp.arange(rows, dtype=jnp.int32)[:, None]
     blocks = (col + jnp.arange(tile, dtype=jnp.int32)[None]) >> (BLOCK // 2).bit_length() - 1
     lines, blocks = (jnp.broadcast_to(i, (rows, tile)) for i in (lines, blocks))
-    absmax = _absmax(scale_refs, lines, blocks, packed_ref.shape[1] // (BLOCK // 2))
-    out_ref[index] = _pairs(packed_ref[index], absmax)
+    absmax = load_absmax(scale_refs, lines, blocks, packed_ref.shape[1] // (BLOCK // 2))
+    out_ref[pl.ds(first + row, rows), cols] = _pairs(packed_ref[pl.ds(row, rows), cols], absmax)
 
 
-def _absmax(refs, rows, blocks, blocks_in_row):
+def load_absmax(refs, rows, blocks, blocks_in_row):
     """The float32 scales of the blocks in some rows."""
     if len(refs) == 1:
         return refs[0][rows, blocks]
@@ -128,7 +145,7 @@ def _rounded(op, x, y):
     """x * y or x + y, rounded: never one half of a fused multiply-add."""
     if dispatch.interpret():
         return jax.lax.optimization_barrier(x * y if op == "mul" else x + y)
-    return _asm(f"{op}.rn.f32 $0, $1, $2;", (x, y), "=f,f,f", jnp.float32)
+    return asm(f"{op}.rn.f32 $0, $1, $2;", (x, y), "=f,f,f", jnp.float32)
 
 
 def _pairs(codes, absmax):
@@ -138,18 +155,19 @@ def _pairs(codes, absmax):
         low, high = (jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.int32) for x in halves)
         return low | high << 16
     # Equal for all elements, so that the compiler keeps one register of it; each lane has its own value.
-    table = _asm(_lane_table(), (jnp.zeros((1, 1), jnp.int32),), "=r,r", jnp.int32)
+    table = asm(lane_table(), (jnp.zeros((1, 1), jnp.int32),), "=r,r", jnp.int32)
     table = jnp.broadcast_to(table, codes.shape)
-    return _asm(_lookup_four_bytes(), (codes, absmax, table), "=r,=r,=r,=r,r,f,f,f,f,r,r,r,r", jnp.int32, pack=4)
+    return asm(_lookup_four_bytes(), (codes, absmax, table), "=r,=r,=r,=r,r,f,f,f,f,r,r,r,r", jnp.int32, pack=4)
 
 
-def _asm(code, args, constraints, dtype, pack=1):
+def asm(code, args, constraints, dtype, pack=1):
+    """An elementwise function in PTX assembly with one result of `dtype`."""
     out = [jax.ShapeDtypeStruct(args[0].shape, dtype)]
     return plgpu.elementwise_inline_asm(code, args=args, constraints=constraints, pack=pack, result_shape_dtypes=out)[0]
 
 
 @functools.cache
-def _lane_table() -> str:
+def lane_table() -> str:
     """Assembly: $0 = CODE[lane % 16], by a tree of selects on the bits of the lane's number."""
     lines = [".reg .pred p<4>; .reg .b32 lane, bit, s<15>; mov.u32 lane, %laneid;"]
     lines += [f"and.b32 bit, lane, {1 << i}; setp.ne.u32 p{i}, bit, 0;" for i in range(4)]

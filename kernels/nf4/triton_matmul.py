@@ -16,8 +16,10 @@ nothing else is rounded: the result is more exact than the standard computation.
 the weight is scaled in float32 and rounded to bf16 before the product (7.0e-4, the error of the result at most 1.09
 times the standard one's).
 
-Few rows (decoding), M <= 64. Limit: the packed bytes, 29 MB or 10 us for 4096 -> 14336 on an H100; the look-ups take
-longer today (see below). Programs split N, and K where N alone does not fill the GPU; they write float32 partial sums,
+One to four rows: triton_gemv.py.
+
+Few rows (decoding in batches), M <= 64. Limit: the packed bytes, 29 MB or 10 us for 4096 -> 14336 on an H100; the
+look-ups take longer today (see below). Programs split N, and K where N alone does not fill the GPU; they write float32 partial sums,
 and x A in a few more programs of the same kernel; a second kernel adds all of it up in a fixed order, with (x A) B. No
 atomics: two runs are bitwise equal.
 
@@ -47,8 +49,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lora_jax.kernels.dispatch import interpret
+from lora_jax.kernels.nf4 import triton_gemv
 from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Weight, select
 from lora_jax.kernels.nf4.triton_adapter import padded_rank
+from lora_jax.kernels.nf4.triton_gemv import Gemv
 
 __all__ = [
     "FewRows",
@@ -124,8 +128,10 @@ def why_not(x, w, a=None, b=None) -> str | None:
     return None
 
 
-def choose(m: int, n: int, k: int) -> FewRows | ManyRows:
+def choose(m: int, n: int, k: int) -> Gemv | FewRows | ManyRows:
     """The configuration for x [m, k] and w [n, k], from measurements on an H100; each also compiles for sm_80 to 89."""
+    if m <= triton_gemv.MAX_ROWS:
+        return triton_gemv.choose(n)
     if m > MAX_FEW:
         return _many(m)
     config = next(config for limit, config in _FEW if m <= limit)
@@ -167,11 +173,13 @@ def _many(m: int) -> ManyRows:
 def matmul(x: jax.Array, w: NF4Weight, a=None, b=None, scale: float = 1.0, *, config=None) -> jax.Array:
     """y = x W^T + scale (x a) b for x [M, K] bfloat16, w [N, K], a [K, R], b [R, N]; returns [M, N] in bfloat16.
 
-    `config` is a FewRows or ManyRows, None for the measured one. Raises NotImplementedError if `why_not` objects.
+    `config` is a Gemv, FewRows or ManyRows, None for the measured one. Raises NotImplementedError if `why_not` objects.
     """
     if (reason := why_not(x, w, a, b)) is not None:
         raise NotImplementedError(f"nf4 matmul (triton): {reason}")
     config = config or choose(x.shape[0], *w.shape)
+    if isinstance(config, Gemv):
+        return triton_gemv.gemv(x, w, a, b, scale, config=config)
     if isinstance(config, FewRows):
         return few_rows(x, w, a, b, scale, config=config)
     return many_rows(x, w, a, b, scale, config=config)

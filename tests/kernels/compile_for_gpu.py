@@ -86,32 +86,47 @@ def grouped(capability: str) -> Iterator[Program]:
 
 
 def nf4_prologue(capability: str) -> Iterator[Program]:
-    """The dequantising kernels and those for the adapter beside them, as the layers call them, forward and backward."""
+    """The dequantising kernels and those for adapters beside them, as the layers call them, forward and backward."""
     from lora_jax.kernels.nf4 import lora_matmul
-    from lora_jax.kernels.nf4.mlp import Projection, lora_mlp
+    from lora_jax.kernels.nf4.mlp import lora_mlp
+    from lora_jax.kernels.nf4.shared_input import Projection, lora_matmuls
 
     def layer(x, w, a, b):
         y, pull = jax.vjp(lambda x, a, b: lora_matmul(x, w, a, b, 0.5, implementation="triton"), x, a, b)
         return pull(jnp.ones_like(y))
 
-    factors = shape(256, 16, dtype=jnp.float32), shape(16, 384, dtype=jnp.float32)
+    def mlp(x, weights, factors):
+        def f(x, factors):
+            projections = (Projection(w, a, b, 0.5) for w, (a, b) in zip(weights, factors, strict=True))
+            return lora_mlp(x, *projections, implementation="triton")
+
+        y, pull = jax.vjp(f, x, factors)
+        return pull(jnp.ones_like(y))
+
+    def shared(x, weights, factors):
+        def f(x, factors):
+            projections = [Projection(w, a, b, 0.5) for w, (a, b) in zip(weights, factors, strict=True)]
+            return lora_matmuls(x, projections, implementation="triton")
+
+        ys, pull = jax.vjp(f, x, factors)
+        return pull(jax.tree.map(jnp.ones_like, ys))
+
+    def adapter(n, k, rank):
+        return shape(k, rank, dtype=jnp.float32), shape(rank, n, dtype=jnp.float32)
+
     for double in (False, True):
         for m in (1, 300):
             w = NF4Weight.abstract((384, 256), double)
-            yield f"lora_matmul double={double} M={m}", layer, (shape(m, 256), w, *factors)
-
-    def mlp(x, gate, up, down):
-        y, pull = jax.vjp(lambda x: lora_mlp(x, gate, up, down, implementation="triton"), x)
-        return pull(jnp.ones_like(y))
-
-    wide = Projection(NF4Weight.abstract((384, 256), True), *factors)
-    back = Projection(NF4Weight.abstract((256, 384), True), shape(384, 16), shape(16, 256))
-    fixed = [projection._replace(scale=None) for projection in (wide, wide, back)]
-
-    def scaled(x, *projections):
-        return mlp(x, *(projection._replace(scale=0.5) for projection in projections))
-
-    yield "lora_mlp", scaled, (shape(300, 256), *fixed)
+            yield f"lora_matmul double={double} M={m}", layer, (shape(m, 256), w, *adapter(384, 256, 16))
+    for rank in (16, 64):
+        shapes = ((384, 256), (384, 256), (256, 384))
+        weights = tuple(NF4Weight.abstract(nk, True) for nk in shapes)
+        factors = tuple(adapter(*nk, rank) for nk in shapes)
+        for m in (256, 300):
+            yield f"lora_mlp M={m} R={rank}", mlp, (shape(m, 256), weights, factors)
+        shapes = ((512, 1024), (128, 1024), (128, 1024))
+        weights = tuple(NF4Weight.abstract(nk, True) for nk in shapes)
+        yield f"lora_matmuls R={rank}", shared, (shape(300, 1024), weights, tuple(adapter(*nk, rank) for nk in shapes))
 
 
 def nf4_in_loop(capability: str) -> Iterator[Program]:
@@ -120,7 +135,7 @@ def nf4_in_loop(capability: str) -> Iterator[Program]:
 
     n, k, r = 14336, 4096, 16
     w = NF4Weight.abstract((n, k), True)
-    for m in (1, 64, 100, 300):
+    for m in (1, 4, 16, 64, 100, 300):
         config = triton_matmul.choose(m, n, k)
         f = functools.partial(triton_matmul.matmul, config=config)
         yield f"nf4 matmul M={m} {config}", f, (shape(m, k), w, shape(k, r), shape(r, n))

@@ -11,6 +11,7 @@ from lora_jax.kernels import dispatch
 from lora_jax.kernels.nf4 import dequantize, lora_matmul, matmul, quantize
 from lora_jax.kernels.nf4 import triton_matmul as tm
 from lora_jax.kernels.nf4.format import CODE
+from lora_jax.kernels.nf4.triton_gemv import Gemv
 
 SCALE = 2.0
 
@@ -60,6 +61,19 @@ def test_few_rows(m, n, k, rank, blocks, splits, left, double_quantize):
     check(lambda: tm.matmul(x, w, a, b, SCALE, config=config), forward64(x, w, a, b), standard, 1.0)
 
 
+@pytest.mark.parametrize("double_quantize", [True, False])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "rank", "rows", "blocks"),
+    [(1, 64, 256, 16, 4, 4), (3, 77, 192, 5, 4, 2), (4, 33, 704, 40, 8, 4), (2, 40, 64, 0, 16, 1)],
+)
+def test_gemv(m, n, k, rank, rows, blocks, double_quantize):
+    x, _, w, a, b = problem(m, n, k, rank, double_quantize)
+    standard = lora_matmul(x, w, a, b, SCALE, implementation="xla")
+    config = Gemv(rows=rows, blocks=blocks)
+    # The weight is not rounded to bf16, as it is in the standard computation.
+    check(lambda: tm.matmul(x, w, a, b, SCALE, config=config), forward64(x, w, a, b), standard, 1.0)
+
+
 @pytest.mark.parametrize(("left", "double_quantize"), [(True, False), (False, True)])
 @pytest.mark.parametrize(("m", "n", "k", "rank", "bk"), [(77, 130, 128, 16, 64), (128, 64, 256, 0, 128)])
 def test_many_rows(m, n, k, rank, bk, left, double_quantize):
@@ -82,14 +96,14 @@ def test_many_rows_transposed(m, n, k, rank, bn, double_quantize):
     check(lambda: tm.many_rows_transposed(dy, w, a, b, SCALE, config=config), want, pullback(dy)[0], 1.1)
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 77, 64), (40, 130, 320), (65, 64, 128)])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 77, 64), (9, 77, 64), (40, 130, 320), (65, 64, 128)])
 def test_chosen_configuration(m, n, k):
     x, _, w, a, b = problem(m, n, k, 4, True)
     standard = lora_matmul(x, w, a, b, SCALE, implementation="xla")
     check(lambda: tm.matmul(x, w, a, b, SCALE), forward64(x, w, a, b), standard, 1.1)
 
 
-@pytest.mark.parametrize(("m", "rank"), [(3, 5), (70, 16), (9, 0)])
+@pytest.mark.parametrize(("m", "rank"), [(3, 5), (70, 16), (9, 0), (40, 16)])
 def test_as_an_implementation_of_lora_matmul(m, rank):
     """Values and every gradient."""
     x, dy, w, a, b = problem(m, 77, 128, rank, True)
