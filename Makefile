@@ -4,6 +4,7 @@
 #   make demo [ARGS="..."]   fine-tune a small real model, score it before and after, export it, run it in llama.cpp
 #   make test [ARGS="..."]   the tests, without the slow ones and those against torch; ARGS go to pytest
 #   make test-oracles        the tests against torch, transformers, PEFT and bitsandbytes (own environment, Python 3.11)
+#   make test-gpu            on a machine with a GPU: the kernels' tests there, compiled, and every test marked `gpu`
 #   make test-all            every test, every configuration
 #   make cuda-compiler       the CUDA compiler in .cuda (265 MB): the tests then compile every kernel for four GPUs
 #   make lint                ruff and pyright
@@ -16,7 +17,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oracles test-all lint format env oracle-env cuda-compiler
+.PHONY: help demo test test-gpu test-oracles test-all lint format env oracle-env cuda-compiler
 
 ARGS ?=
 PYENV_VERSIONS := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
@@ -59,6 +60,12 @@ demo: $(ENV)
 
 test: $(ENV)
 	$(PYTHON) -m pytest -m "not oracle and not slow" $(ARGS)
+
+# Tuning XLA's own matmuls for every small shape would take most of the time.
+test-gpu: $(ENV)
+	XLA_FLAGS="$${XLA_FLAGS:-} --xla_gpu_autotune_level=0" $(PYTHON) -m pytest -m "not oracle and not slow" \
+	  tests/kernels --deselect tests/kernels/test_compile_for_gpus.py $(ARGS)
+	$(PYTHON) -m pytest -m "gpu and not oracle and not slow" --ignore tests/kernels tests $(ARGS)
 
 test-oracles: $(ENV) $(ORACLE_ENV)
 	LORA_JAX_ORACLE_PYTHON=$(ORACLE_PYTHON) $(PYTHON) -m pytest -m "oracle and not slow" $(ARGS)

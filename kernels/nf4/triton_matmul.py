@@ -19,9 +19,9 @@ times the standard one's).
 One to four rows: triton_gemv.py.
 
 Few rows (decoding in batches), M <= 64. Limit: the packed bytes, 29 MB or 10 us for 4096 -> 14336 on an H100; the
-look-ups take longer today (see below). Programs split N, and K where N alone does not fill the GPU; they write float32 partial sums,
-and x A in a few more programs of the same kernel; a second kernel adds all of it up in a fixed order, with (x A) B. No
-atomics: two runs are bitwise equal.
+look-ups take longer today (see below). Programs split N, and K where N alone does not fill the GPU; they write float32
+partial sums, and x A in a few more programs of the same kernel; a second kernel adds all of it up in a fixed order,
+with (x A) B. No atomics: two runs are bitwise equal.
 
 Many rows. Limit: the tensor cores. Each weight is looked up M / bm times, programs run in an order that keeps the rows
 of x in the L2 cache, loads are pipelined, x A is a thin matmul before and (x A) B is added to the accumulator at the
