@@ -28,7 +28,8 @@ SCHEDULERS = (
     "inverse_sqrt",
 )
 _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw", "adamw_hf", "adamw_jax")
-_ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit")
+_ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+_ADAMW_PAGED = ("paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit")
 _REPORTERS = ("none", "jsonl")
 
 _ALIASES = {"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy"}
@@ -151,7 +152,9 @@ class SFTConfig:
     warmup_steps: float = 0  # steps of linear warmup from 0; a fraction below 1 is a share of all steps
     warmup_ratio: float = 0.0  # share of all steps, rounded up; give this or warmup_steps
     weight_decay: float = 0.0  # decoupled: each step multiplies weights by 1 - lr * weight_decay
-    optim: str = "adamw_torch"  # names of AdamW; its 8-bit and paged names are accepted with a note
+    optim: str = (
+        "adamw_torch"  # or adamw_8bit (state in 8 bits); paged_adamw_8bit, paged_adamw_32bit: state on the host
+    )
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8  # added outside the square root
@@ -192,11 +195,6 @@ class SFTConfig:
         _check_types(self)
         _check_ranges(self)
         _check_choices(self)
-        if self.optim in _ADAMW_8BIT:
-            say_once(
-                f"SFTConfig: optim={self.optim!r} runs AdamW with float32 state on the device: the state of LoRA "
-                "parameters is small, and float32 is at least as exact as 8 bits."
-            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SFTConfig":
@@ -222,6 +220,16 @@ class SFTConfig:
     def load_best_model_at_end(self) -> bool:
         """Always False; `transformers.EarlyStoppingCallback` asks for it."""
         return False
+
+    @property
+    def optim_bits(self) -> int:
+        """Bits of each element of the optimizer's state, 8 or 32."""
+        return 8 if self.optim in _ADAMW_8BIT else 32
+
+    @property
+    def optim_is_paged(self) -> bool:
+        """Whether the optimizer's state lies in pinned host memory between steps."""
+        return self.optim in _ADAMW_PAGED
 
     @property
     def remat(self) -> str:
@@ -303,7 +311,7 @@ def _check_choices(config: SFTConfig) -> None:
     intervals = ("no", "steps", "epoch")
     for name, choices in {
         "lr_scheduler_type": SCHEDULERS,
-        "optim": _ADAMW + _ADAMW_8BIT,
+        "optim": tuple(dict.fromkeys(_ADAMW + _ADAMW_8BIT + _ADAMW_PAGED)),
         "eval_strategy": intervals,
         "save_strategy": intervals,
     }.items():

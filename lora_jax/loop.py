@@ -18,7 +18,7 @@ import numpy as np
 from lora_jax import checkpoint as ckpt
 from lora_jax.batches import BatchIterator
 from lora_jax.guards import StopSignals, TrainableCheck, check_finite, explain_out_of_memory, is_out_of_memory
-from lora_jax.optim import make_optimizer, stop_at_nonfinite
+from lora_jax.optim import keep_on_host, make_optimizer, stop_at_nonfinite
 from lora_jax.reporting import MetricsFile, ProgressBar, device_memory, plot_loss, read_metrics, say
 
 if TYPE_CHECKING:
@@ -98,9 +98,12 @@ class Run:
         )
         trainer.control = TrainerControl()
         optimizer, self.schedule = trainer._optimizers
+        paged = optimizer is None and args.optim_is_paged
         if optimizer is None:
             optimizer, self.schedule = make_optimizer(args, total)
         optimizer = stop_at_nonfinite(optimizer)
+        if paged:
+            optimizer = keep_on_host(optimizer)
         self.step_function = trainer._make_train_step(optimizer)
         _, lora, self.frozen = trainer.model.split()
         self.lora = _committed(lora)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lora_jax.adam8bit import scale_by_adam8bit
 from lora_jax.config import SCHEDULERS, SFTConfig
 
 Schedule = Callable[[Any], Any]  # number of completed optimizer steps -> learning rate of the next one
@@ -26,7 +27,9 @@ def make_optimizer(config: SFTConfig, total_steps: int) -> tuple[optax.GradientT
         w = w - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w)
 
     which is `torch.optim.AdamW` (Loshchilov and Hutter 2019, arXiv:1711.05101). All leaves are decayed, as in Hugging
-    Face, which exempts only biases and norms and finds none among LoRA parameters.
+    Face, which exempts only biases and norms and finds none among LoRA parameters. With `config.optim_bits` 8, m and v
+    are stored between steps as `scale_by_adam8bit` describes. `config.optim_is_paged` is not looked at: that is
+    `keep_on_host`, which must stand outside all else.
 
     Args:
         config: the settings.
@@ -37,8 +40,9 @@ def make_optimizer(config: SFTConfig, total_steps: int) -> tuple[optax.GradientT
         float computed on the host, a traced value gives a traced float32.
     """
     schedule = make_schedule(config, total_steps)
+    scale_by_adam = scale_by_adam8bit if config.optim_bits == 8 else optax.scale_by_adam
     parts = [
-        optax.scale_by_adam(b1=config.adam_beta1, b2=config.adam_beta2, eps=config.adam_epsilon),
+        scale_by_adam(b1=config.adam_beta1, b2=config.adam_beta2, eps=config.adam_epsilon),
         optax.scale_by_learning_rate(schedule),
     ]
     if config.weight_decay:
@@ -86,6 +90,36 @@ def stop_at_nonfinite(optimizer: optax.GradientTransformation) -> optax.Gradient
         new_updates = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros_like(u)), new_updates)
         new_inner = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new_inner, state.inner)
         return new_updates, GuardState(new_inner, ok)
+
+    return optax.GradientTransformation(init, update)
+
+
+def keep_on_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Wrap an optimizer so that the arrays of its state lie in pinned host memory between steps.
+
+    A step copies them to the device, updates them there and copies them back, so their memory is free on the device
+    during forward and backward. Scalars stay on the device. The values are those of the wrapped optimizer, bit for bit.
+    Nothing may compute with the state outside, so put this around all other wrappers.
+
+    Raises:
+        ValueError: the backend has no pinned host memory.
+    """
+    device = jax.local_devices()[0]
+    if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
+        raise ValueError(
+            f"A paged optimizer keeps its state in pinned host memory, which JAX's backend {device.platform!r} does "
+            "not offer. Use optim='adamw_8bit' or 'adamw_torch', which keep it on the device."
+        )
+
+    def move(tree: Any, space: Any) -> Any:
+        return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, tree)
+
+    def init(params: Any) -> Any:
+        return move(optimizer.init(params), jax.memory.Space.Host)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        new_updates, new_state = optimizer.update(updates, move(state, jax.memory.Space.Device), params)
+        return new_updates, move(new_state, jax.memory.Space.Host)
 
     return optax.GradientTransformation(init, update)
 

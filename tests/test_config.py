@@ -84,10 +84,25 @@ def test_wrong_type_is_named(kwargs: dict):
 def test_names_without_effect_are_accepted_and_said_once(capsys: pytest.CaptureFixture, monkeypatch):
     monkeypatch.setattr(config_module, "_said", set())
     for _ in range(2):
-        SFTConfig(dataloader_num_workers=4, optim="paged_adamw_8bit", fp16=False, bf16=True)
+        SFTConfig(dataloader_num_workers=4, fp16=False, bf16=True)
     said = capsys.readouterr().err
     assert said.count("dataloader_num_workers has no effect") == 1
-    assert said.count("float32 state") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "paged"),
+    [
+        ("adamw_torch", 32, False),
+        ("adamw_8bit", 8, False),
+        ("adamw_bnb_8bit", 8, False),
+        ("paged_adamw", 32, True),
+        ("paged_adamw_32bit", 32, True),
+        ("paged_adamw_8bit", 8, True),
+    ],
+)
+def test_names_of_adamw_say_how_its_state_is_kept(name: str, bits: int, paged: bool):
+    config = SFTConfig(optim=name)
+    assert (config.optim_bits, config.optim_is_paged) == (bits, paged)
 
 
 def test_from_dict_reads_numbers_as_yaml_gives_them():

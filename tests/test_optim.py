@@ -1,5 +1,6 @@
 """AdamW, clipping and schedules against numbers from torch and transformers."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 from lora_jax.config import SFTConfig
-from lora_jax.optim import clip_by_global_norm, make_optimizer, make_schedule, stop_at_nonfinite
+from lora_jax.optim import clip_by_global_norm, keep_on_host, make_optimizer, make_schedule, stop_at_nonfinite
 
 # transformers 5.24, get_scheduler(name, SGD(lr=2e-4), num_warmup_steps=3, num_training_steps=10, kwargs):
 # get_last_lr() / 2e-4 before step 1, ..., 11, to nine digits.
@@ -145,3 +146,51 @@ def test_nothing_changes_from_the_first_nonfinite_gradient_on(bad: float):
         assert all(not np.any(u) for u in jax.tree.leaves(updates))
         assert not after.ok
         jax.tree.map(np.testing.assert_array_equal, after.inner, state.inner)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("adamw_torch", 32), ("adamw_8bit", 8), ("paged_adamw_32bit", 32), ("paged_adamw_8bit", 8)]
+)
+def test_the_name_says_how_many_bits_the_state_has(name: str, bits: int):
+    optimizer, _ = make_optimizer(_adamw_config(optim=name), 4)
+    state = optimizer.init({"large": jnp.ones((64, 128)), "small": jnp.ones(16)})
+    floats = 2 * 16 + (2 * 64 * 128 if bits == 32 else 2 * 64 * 128 // 256)
+    assert sum(x.size for x in jax.tree.leaves(state) if x.dtype == jnp.float32) == floats
+    assert sum(x.size for x in jax.tree.leaves(state) if x.dtype == jnp.uint8) == (0 if bits == 32 else 2 * 64 * 128)
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_paged_state_is_on_the_host_between_steps_and_the_same(name: str):
+    rng = np.random.default_rng(0)
+    start = {"large": rng.normal(size=(3, 70, 40)), "small": rng.normal(size=16)}
+    gradients = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), start) for _ in range(3)]
+    inner = stop_at_nonfinite(make_optimizer(_adamw_config(optim=name), 4)[0])
+
+    def train(optimizer: Any) -> tuple[Any, Any, int]:
+        def step(params, state, gradient):
+            updates, state = optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        compiled: Any = jax.jit(step, donate_argnums=(0, 1))
+        # Bound to a device, as results are, so that the step compiles once.
+        params = jax.device_put(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start), jax.devices()[0])
+        state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), optimizer.init(params))
+        for gradient in gradients:
+            params, state = compiled(params, state, gradient)
+        return params, state, compiled._cache_size()
+
+    params, state, compilations = train(keep_on_host(inner))
+    plain_params, plain_state, _ = train(inner)
+    jax.tree.map(np.testing.assert_array_equal, (params, state), (plain_params, plain_state))
+    assert compilations == 1
+    on_device = jax.devices()[0].default_memory().kind
+    for leaf in jax.tree.leaves(state):
+        assert leaf.sharding.memory_kind == ("pinned_host" if leaf.ndim else on_device)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves((params, plain_state))} == {on_device}
+
+
+def test_paging_wants_pinned_host_memory(monkeypatch: pytest.MonkeyPatch):
+    device = SimpleNamespace(platform="abacus", addressable_memories=lambda: [SimpleNamespace(kind="device")])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    with pytest.raises(ValueError, match="pinned host memory, which JAX's backend 'abacus' does not offer.*adamw_8bit"):
+        keep_on_host(optax.adam(1e-3))

@@ -24,6 +24,7 @@ __all__ = [
     "NF4Weight",
     "dequantize",
     "dequantize_absmax",
+    "dynamic_map",
     "nested_code",
     "quantize",
     "select",
@@ -57,23 +58,29 @@ CODE = np.array(
 
 
 @functools.cache
-def nested_code() -> np.ndarray:
-    """The 256 values of the signed dynamic 8-bit data type, ascending, float32 [256].
+def dynamic_map(signed: bool) -> np.ndarray:
+    """The 256 values of the dynamic 8-bit data type, ascending, float32 [256].
 
-    Seven decades, each with twice as many values as the one below it: the midpoints of an even division of [0.1, 1],
-    times a power of ten. The division is rounded as torch.linspace rounds it (one fused multiply-add for each value,
-    from the nearer end), since bitsandbytes builds its table with that.
+    Seven decades, each with twice as many values as the one below it (signed: 1 to 64 of either sign; unsigned: 2 to
+    128): the midpoints of an even division of [0.1, 1], times a power of ten. With them 0 and 1. The division is
+    rounded as torch.linspace rounds it (one fused multiply-add for each value, from the nearer end), since bitsandbytes
+    builds its table with that.
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        n = 2**exponent
+        n = 2**exponent if signed else 2 ** (exponent + 1)
         step = float((np.float32(1) - np.float32(0.1)) / np.float32(n))
         i = np.arange(n + 1)
         from_low, from_high = float(np.float32(0.1)) + step * i, 1.0 - step * (n - i)
         edges = np.where(i < (n + 1) // 2, from_low, from_high).astype(np.float32)
         middle = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (exponent - 6))
-        values += [*middle, *-middle]
+        values += [*middle, *-middle] if signed else [*middle]
     return np.sort(np.array(values, np.float32))
+
+
+def nested_code() -> np.ndarray:
+    """The table that double-quantised scales are indices into: `dynamic_map(signed=True)`."""
+    return dynamic_map(True)
 
 
 @jax.tree_util.register_dataclass
