@@ -7,6 +7,11 @@ product free; the exact form adds the product to the accumulator of the matmul i
 prints, for both, the error against float64 and the cosine between the effect of the adapter, y - y(B = 0), and the true
 effect, for B of several sizes; and trains SmolLM2-135M-Instruct with both. All sums are float32, so that nothing but
 the rounding of the operands differs.
+
+Found (tools/results/2026-11-26-cpu-merged-form.json): the errors of y are equal, 0.17 %, but a merged adapter's effect
+has a cosine of 0.11 with the true one at B = 1e-5, 0.33 at 1e-4, 0.87 at 1e-3 and 1.00 at 1e-2, where the exact form
+has 1.00 throughout. Over 200 steps the losses stay close (mean of the last 20: 0.0377 exact, 0.0381 merged), since B
+soon grows. The exact form is the only one that `lora_matmul` has.
 """
 
 import argparse
