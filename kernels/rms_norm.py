@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lora_jax.kernels.dispatch import on_gpu, resolve
 
-__all__ = ["add_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "branch_rms_norm", "rms_norm"]
 
 
 def rms_norm(
@@ -29,8 +29,19 @@ def rms_norm(
     Raises:
       NotImplementedError: the named implementation cannot do this call.
     """
-    results: Any = _norm(x, weight, None, eps, plus_one, _choose(x, implementation))
+    results: Any = _norm(x, weight, None, eps, plus_one, _choose(x, implementation), False)
     return results[0]
+
+
+def branch_rms_norm(
+    x: jax.Array, weight: jax.Array, eps: float, *, plus_one: bool = False, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(x, `rms_norm` of x), where a branch leaves a residual stream: backward adds both gradients in one pass.
+
+    Unlike with `add_rms_norm`, the norm can be computed again from x alone.
+    """
+    results: Any = _norm(x, weight, None, eps, plus_one, _choose(x, implementation), True)
+    return results[1], results[0]
 
 
 def add_rms_norm(
@@ -43,7 +54,7 @@ def add_rms_norm(
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(x + residual, `rms_norm` of that); the sum is rounded to the dtype of x first. See `rms_norm`."""
-    results: Any = _norm(x, weight, residual, eps, plus_one, _choose(x, implementation))
+    results: Any = _norm(x, weight, residual, eps, plus_one, _choose(x, implementation), True)
     return results[1], results[0]
 
 
@@ -57,14 +68,15 @@ def _choose(x: jax.Array, implementation: str | None) -> str:
     return resolve("rms_norm", implementation, {"xla": None, "triton": why_not_triton}, preference)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _norm(x, weight, residual, eps: float, plus_one: bool, implementation: str):
-    """(norm, x + residual)."""
-    return _forward(x, weight, residual, eps, plus_one, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _norm(x, weight, residual, eps: float, plus_one: bool, implementation: str, two: bool):
+    """(norm, x + residual); the second is used only if `two`."""
+    return _forward(x, weight, residual, eps, plus_one, implementation, two)[0]
 
 
-def _forward(x, weight, residual, eps: float, plus_one: bool, implementation: str):
+def _forward(x, weight, residual, eps: float, plus_one: bool, implementation: str, two: bool):
     """Backward needs the sum, which the layer keeps anyway, and one number a row."""
+    del two
     if implementation == "triton":
         from lora_jax.kernels import rms_norm_triton
 
@@ -84,7 +96,7 @@ def _forward(x, weight, residual, eps: float, plus_one: bool, implementation: st
     return (out, total), (total, weight, inverse, added)
 
 
-def _backward(eps: float, plus_one: bool, implementation: str, residuals, cotangents):
+def _backward(eps: float, plus_one: bool, implementation: str, two: bool, residuals, cotangents):
     del eps
     (dout, dtotal), (total, weight, inverse, added) = cotangents, residuals
     normed, wide = total.astype(jnp.float32) * inverse, dout.astype(jnp.float32)
@@ -95,12 +107,12 @@ def _backward(eps: float, plus_one: bool, implementation: str, residuals, cotang
 
         rows = [z.reshape(-1, total.shape[-1]) for z in (total, dout, dtotal)]
         dx = rms_norm_triton.backward(
-            rows[0], weight, inverse.reshape(-1), rows[1], None if added is None else rows[2], plus_one
+            rows[0], weight, inverse.reshape(-1), rows[1], rows[2] if two else None, plus_one
         ).reshape(total.shape)
     else:
         dnormed = wide * (weight.astype(jnp.float32) + (1 if plus_one else 0))
         dx = inverse * (dnormed - normed * jnp.mean(dnormed * normed, axis=-1, keepdims=True))
-        dx = (dx if added is None else dx + dtotal.astype(jnp.float32)).astype(total.dtype)
+        dx = (dx + dtotal.astype(jnp.float32) if two else dx).astype(total.dtype)
     return dx, dweight, None if added is None else dx
 
 

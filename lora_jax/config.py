@@ -159,7 +159,10 @@ class SFTConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8  # added outside the square root
     max_grad_norm: float | None = 1.0  # gradients are scaled down to this global norm; 0 or None turns it off
-    gradient_checkpointing: bool | str = True  # True: recompute every layer in backward; False: keep all; or a preset
+    # What backward recomputes: True everything, False nothing, a preset (full, selective, offload, none), "auto" for
+    # the fastest plan that fits the device, or a plan: a list of groups of layers, see lora_jax.remat.
+    gradient_checkpointing: bool | str | list[dict[str, Any]] = True
+    memory_budget: str | int | None = None  # for "auto": bytes, or text such as "20GB"; None: what JAX may take
     bf16: bool = True  # no effect: the dtype is that of the loaded model
 
     # --- randomness
@@ -232,11 +235,11 @@ class SFTConfig:
         return self.optim in _ADAMW_PAGED
 
     @property
-    def remat(self) -> str:
-        """The recomputation preset: "full" for gradient_checkpointing=True, "none" for False."""
-        if isinstance(self.gradient_checkpointing, str):
-            return self.gradient_checkpointing
-        return "full" if self.gradient_checkpointing else "none"
+    def remat(self) -> str | list[dict[str, Any]]:
+        """What `make_train_step` takes: "full" for gradient_checkpointing=True, "none" for False, else as it is."""
+        if isinstance(self.gradient_checkpointing, bool):
+            return "full" if self.gradient_checkpointing else "none"
+        return self.gradient_checkpointing
 
     def get_warmup_steps(self, total_steps: int) -> int:
         """Warmup steps of a run of `total_steps`, rounded as Hugging Face does (a share is rounded up)."""
@@ -340,6 +343,11 @@ def _check_choices(config: SFTConfig) -> None:
         raise ValueError(
             f"SFTConfig: eval_steps={config.eval_steps} does nothing with eval_strategy='no'. Add "
             "eval_strategy='steps', or drop eval_steps."
+        )
+    if config.memory_budget is not None and config.gradient_checkpointing != "auto":
+        raise ValueError(
+            f"SFTConfig: memory_budget={config.memory_budget!r} does nothing with gradient_checkpointing="
+            f'{config.gradient_checkpointing!r}. Set gradient_checkpointing="auto", or drop memory_budget.'
         )
     if config.assistant_only_loss and config.completion_only_loss:
         raise ValueError(

@@ -104,19 +104,22 @@ def generate(
     stops = stop_ids(model) if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int32)).tolist()
     pad = pad_token_id if pad_token_id is not None else (stops[0] if stops else 0)
 
-    width = -(-longest // _MULTIPLE) * _MULTIPLE
-    ids = np.full((len(rows), width), pad, np.int32)
-    for row, tokens in zip(ids, rows, strict=True):
-        row[width - len(tokens) :] = tokens
-    start = np.array([width - len(tokens) for tokens in rows], np.int32)
-    length = width + -(-max_new_tokens // _MULTIPLE) * _MULTIPLE
 
     graph, lora, frozen = model.split()
     forward = _jitted(model, "forward", graph, _forward(graph), donate_argnums=4)
     choose = _sample if do_sample else _greedy
     key, settings = jax.random.key(seed), (jnp.float32(temperature), jnp.float32(top_p))
-    cache = model.module.new_cache(len(rows), length)
-    last, cache = forward(lora, frozen, jnp.asarray(ids), jnp.asarray(start), cache)
+
+    def begin(rows: list[list[int]], room: int):
+        """Runs the rows through the model: (their ids, left padding, logits of their last tokens, cache)."""
+        width = -(-max(map(len, rows)) // _MULTIPLE) * _MULTIPLE
+        ids = np.array([[pad] * (width - len(row)) + row for row in rows], np.int32)
+        start = jnp.asarray([width - len(row) for row in rows], jnp.int32)
+        cache = model.module.new_cache(len(rows), width + -(-room // _MULTIPLE) * _MULTIPLE)
+        return ids, start, *forward(lora, frozen, jnp.asarray(ids), start, cache)
+
+    ids, start, last, cache = begin(rows, max_new_tokens)
+    switch = model.config.rope.switches_at
     if streamer is not None:
         streamer.put(np.asarray(rows[0], np.int32))
     made, done = [], np.zeros(len(rows), bool)
@@ -129,10 +132,14 @@ def generate(
         done |= np.isin(tokens, stops)
         if done.all() or step + 1 == max_new_tokens:
             break
-        last, cache = forward(lora, frozen, jnp.asarray(tokens[:, None]), jnp.asarray(start), cache)
+        if switch is not None and any(len(row) + len(made) == switch + 1 for row in rows):
+            so_far = [[*row, *(int(t[i]) for t in made)] for i, row in enumerate(rows)]
+            _, start, last, cache = begin(so_far, max_new_tokens - step - 1)
+        else:
+            last, cache = forward(lora, frozen, jnp.asarray(tokens[:, None]), start, cache)
     if streamer is not None:
         streamer.end()
-    return np.concatenate([ids[:, width - longest :], np.stack(made, axis=1)], axis=1)
+    return np.concatenate([ids[:, ids.shape[1] - longest :], np.stack(made, axis=1)], axis=1)
 
 
 def generate_text(

@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.fused_experts import BLOCKS, SCALES, Part, decode_mxfp4, parts_of, renamed
+
 __all__ = ["Checkpoint", "QuantState", "read_json", "resolve_folder"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # What a repository holds beside weights: configuration, tokenizer, chat template.
 _SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
+# Files of models that read images too name their language model otherwise than the classes of transformers do.
+_STORED_PREFIXES = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +50,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def resolve_folder(name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+def resolve_folder(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    only_config: bool = False,
+) -> Path:
     """The local folder of a model: the path itself, or a hub repository's snapshot, downloaded unless it is cached.
 
-    Of a repository only the configuration, the tokenizer and the safetensors named by the index are fetched.
+    Of a repository only the configuration, the tokenizer and the safetensors named by the index are fetched; with
+    `only_config` config.json alone.
     With HF_HUB_OFFLINE=1 the cache alone is used.
 
     Raises:
@@ -69,6 +80,8 @@ def resolve_folder(name_or_path: str | Path, *, revision: str | None = None, tok
 
     download = functools.partial(snapshot_download, name, revision=revision, token=token)
     try:
+        if only_config:
+            return Path(download(allow_patterns=["config.json"]))
         folder = Path(download(allow_patterns=_SMALL_FILES))
         return Path(download(allow_patterns=[*_SMALL_FILES, *_weight_files(folder)]))
     except errors.GatedRepoError as error:
@@ -107,7 +120,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 class Checkpoint:
-    """The tensors of a folder's safetensors, read one at a time.
+    """The tensors of a folder's safetensors, read one at a time, by the names that transformers' classes have for them.
 
     Raises:
       FileNotFoundError: no safetensors, or the index names files that are not there.
@@ -130,6 +143,29 @@ class Checkpoint:
             self._where = dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)
         else:
             raise FileNotFoundError(_no_safetensors(folder))
+        self._stored = {_name_in_class(name): name for name in self._where}
+        self._where = {_name_in_class(name): file for name, file in self._where.items()}
+        self._mxfp4: set[str] = set()
+        self._parts: dict[str, Part] = {}
+        self._parts = self._split_fused_experts()
+
+    def _split_fused_experts(self) -> dict[str, Part]:
+        """Puts the tensors of single experts in place of those that hold all of them."""
+        if not any(name.rpartition(".")[0].endswith(".experts") for name in self._where):
+            return {}
+        architecture = (read_json(self.folder / "config.json").get("architectures") or [None])[0]
+        files, stored = self._where, self._stored
+        self._mxfp4 = {name.removesuffix(BLOCKS) for name in files if name.endswith(BLOCKS)}
+        for name in self._mxfp4:
+            files[name], stored[name] = files[name + BLOCKS], stored[name + BLOCKS].removesuffix(BLOCKS)
+        parts = parts_of(files, self.whole_shape, architecture)
+        hidden = {part.whole for part in parts.values()}
+        hidden |= {name + ending for name in self._mxfp4 for ending in (BLOCKS, SCALES)}
+        kept = {renamed(name, architecture): name for name in files if name not in hidden}
+        kept |= {name: part.whole for name, part in parts.items()}
+        self._where = {name: files[old] for name, old in kept.items()}
+        self._stored = {name: stored[old] for name, old in kept.items()}
+        return parts
 
     def _open(self, file: str):
         from safetensors import SafetensorError, safe_open
@@ -152,13 +188,39 @@ class Checkpoint:
         """Names of all tensors."""
         return list(self._where)
 
+    def stored_name(self, name: str) -> str:
+        """The name in the files of a tensor, or of that which it is a part of."""
+        return self._stored[name]
+
+    def part(self, name: str) -> Part | None:
+        """What a tensor is a part of in the files; None if it stands alone."""
+        return self._parts.get(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""
-        return tuple(self._open(self._where[name]).get_slice(name).get_shape())
+        shape = self.whole_shape(name)
+        return self._parts[name].shape(shape) if name in self._parts else shape
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, or of that which it is a part of, in the files."""
+        file, stored = self._open(self._where[name]), self._stored[name]
+        if stored in self._mxfp4:
+            experts, n, groups, _ = file.get_slice(stored + BLOCKS).get_shape()
+            return experts, 32 * groups, n
+        return tuple(file.get_slice(stored).get_shape())
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, in the dtype it is stored in."""
-        return self._open(self._where[name]).get_tensor(name)
+        file = self._open(self._where[name])
+        if name in self._parts:
+            return self._read_part(file, self._stored[name], self._parts[name])
+        return file.get_tensor(self._stored[name])
+
+    def _read_part(self, file, stored: str, part: Part) -> np.ndarray:
+        if stored not in self._mxfp4:
+            return part.take(file.get_slice(stored)[part.expert])
+        blocks, scales = (file.get_slice(stored + ending)[part.expert][part.rows] for ending in (BLOCKS, SCALES))
+        return decode_mxfp4(blocks, scales)
 
     def quant_state(self, name: str) -> QuantState | None:
         """How the weight `name` is quantised, or None for a plain tensor.
@@ -186,12 +248,13 @@ class Checkpoint:
         """Name of the quantisation state by that of its weight."""
         return {name.partition(".quant_state.")[0]: name for name in self._where if ".quant_state." in name}
 
-    def check_names(self, wanted: dict[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
+    def check_names(self, wanted: dict[str, tuple[int, ...]], ignored: Iterable[str] = (), *, within: str = "") -> None:
         """Checks that the checkpoint holds exactly the wanted tensors in the wanted shapes.
 
         Args:
           wanted: shape of each tensor by name.
           ignored: endings of names that may be there beside the wanted ones.
+          within: beginning of the names that must be wanted; others may be there.
 
         Raises:
           ValueError: tensors are missing, unknown, or of another shape.
@@ -201,7 +264,8 @@ class Checkpoint:
         if missing := (set(wanted) | parts) - set(self._where):
             raise ValueError(f"{self.folder} lacks tensors that config.json implies: {_some(missing)}")
         known = set(wanted) | parts | set(self._states.values())
-        unknown = {name for name in set(self._where) - known if not name.endswith(tuple(ignored))}
+        others = set(self._where) - known
+        unknown = {name for name in others if name.startswith(within) and not name.endswith(tuple(ignored))}
         if unknown:
             raise ValueError(f"{self.folder} holds tensors that this architecture does not have: {_some(unknown)}")
         for name, shape in wanted.items():
@@ -209,6 +273,13 @@ class Checkpoint:
             got = self.shape(name) if state is None else state.shape
             if got != shape:
                 raise ValueError(f"{self.folder}: {name} has shape {list(got)}, config.json implies {list(shape)}")
+
+
+def _name_in_class(stored: str) -> str:
+    for prefix, name in _STORED_PREFIXES.items():
+        if stored.startswith(prefix):
+            return name + stored.removeprefix(prefix)
+    return stored
 
 
 def _some(names: set[str]) -> str:

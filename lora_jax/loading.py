@@ -13,8 +13,9 @@ from lora_jax.hf_checkpoint import Checkpoint, QuantState, read_json, resolve_fo
 from lora_jax.kernels.nf4 import NF4Weight, dequantize, quantize
 from lora_jax.kernels.nf4.format import CODE
 from lora_jax.model import CausalLM
-from lora_jax.models.decoder import Decoder
+from lora_jax.models.decoder import Decoder, full_names
 from lora_jax.models.linear import Linear, set_layer
+from lora_jax.models.moe import Router
 from lora_jax.models.registry import config_from_hf
 from lora_jax.reporting import console
 
@@ -125,12 +126,13 @@ def load_decoder(
     plain = Decoder(config, dtype)
     shapes = {name: slot.shape for name, slot in plain.slots().items()}
     # A tied checkpoint may hold the head all the same; a quantised base may not hold it tied.
-    checkpoint.check_names(shapes, (*_IGNORED, *(("lm_head.weight",) if config.tie_embeddings else ())))
+    ignored = (*_IGNORED, *(("lm_head.weight",) if config.tie_embeddings else ()))
+    checkpoint.check_names(shapes, ignored, within="" if config.hf_prefix == "model" else config.hf_prefix)
     states = {name: checkpoint.quant_state(name) for name in shapes}
     storage = _choose_storage(plain, states, nf4)
     model = Decoder(config, dtype, _by_layer(plain, storage))
     for name, stack, module in model.named_modules():
-        form = storage.get(f"{name.format(stack.first) if stack else name}.weight")
+        form = storage.get(f"{next(full_names(name, stack, module))[0]}.weight")
         if form is not None:
             module.weight.set_value(NF4Weight.abstract(module.weight.get_value().shape, form == "nf4-double"))
     slots = model.slots()
@@ -154,10 +156,10 @@ def _choose_storage(model: Decoder, states: dict[str, QuantState | None], nf4: s
     prequantized = any(state is not None for state in states.values())
     storage = {}
     for name, stack, module in model.named_modules():
-        if stack is None or not isinstance(module, Linear):
+        if stack is None or not isinstance(module, Linear) or isinstance(module, Router):
             continue
-        for layer in range(stack.first, stack.first + stack.count):
-            weight = f"{name.format(layer)}.weight"
+        for full, _ in full_names(name, stack, module):
+            weight = f"{full}.weight"
             if nf4 is None or not prequantized:
                 storage[weight] = nf4
             elif (state := states[weight]) is None:
@@ -169,11 +171,21 @@ def _choose_storage(model: Decoder, states: dict[str, QuantState | None], nf4: s
 
 def _by_layer(model: Decoder, storage: dict[str, str | None]) -> list[tuple]:
     """The storage of each layer's weights, equal for layers that can share a stack."""
-    patterns = [name for name, stack, module in model.named_modules() if stack and isinstance(module, Linear)]
-    return [
-        tuple(storage[f"{pattern.format(layer)}.weight"] for pattern in dict.fromkeys(patterns))
-        for layer in range(model.config.num_layers)
-    ]
+    kinds: list[list] = [[] for _ in range(model.config.num_layers)]
+    for name, stack, module in model.named_modules():
+        if stack is None or not isinstance(module, Linear):
+            continue
+        forms: dict[int, set] = {}
+        for full, index in full_names(name, stack, module):
+            layer = stack.first + (index[0] if isinstance(index, tuple) else index or 0)
+            forms.setdefault(layer, set()).add(storage.get(f"{full}.weight"))
+        for layer, found in forms.items():
+            if len(found) > 1:
+                raise ValueError(
+                    f"the experts {name.format(layer)} of one layer are quantised in different ways: {found}"
+                )
+            kinds[layer] += found
+    return [tuple(kind) for kind in kinds]
 
 
 def _check_quantization(hf_config: dict[str, Any]) -> None:
@@ -181,6 +193,8 @@ def _check_quantization(hf_config: dict[str, Any]) -> None:
     if quantization is None:
         return
     method = quantization.get("quant_method", "bitsandbytes")
+    if method == "mxfp4":  # of experts, which `Checkpoint` decodes
+        return
     if method != "bitsandbytes" or not quantization.get("load_in_4bit", quantization.get("_load_in_4bit")):
         raise ValueError(
             f"config.json: the checkpoint is quantised with {method!r}"

@@ -20,6 +20,7 @@ from lora_jax.batches import BatchIterator
 from lora_jax.guards import StopSignals, TrainableCheck, check_finite, explain_out_of_memory, is_out_of_memory
 from lora_jax.optim import keep_on_host, make_optimizer, stop_at_nonfinite
 from lora_jax.reporting import MetricsFile, ProgressBar, device_memory, plot_loss, read_metrics, say
+from lora_jax.step import PlannedStep, bytes_held
 
 if TYPE_CHECKING:
     from lora_jax.trainer import SFTTrainer
@@ -222,9 +223,14 @@ class Run:
         self.last_read += seconds
         self.bar.describe("training")
         say(f"Compiled for batches of {list(shape)} (accumulation, rows, tokens) in {seconds:.1f} s.")
+        if isinstance(self.step_function, PlannedStep):
+            say(f"Rematerialisation chosen for them: {self.step_function.plans[shape]}.")
 
     def _compiled_step(self, batch: dict[str, Any]) -> Any:
-        return cast(Any, self.step_function).lower(self.lora, self.opt_state, self.frozen, batch).compile()
+        arguments = (self.lora, self.opt_state, self.frozen, batch)
+        if isinstance(self.step_function, PlannedStep):
+            return self.step_function.compile(*arguments)
+        return cast(Any, self.step_function).lower(*arguments).compile()
 
     def _out_of_memory(self, shape: tuple[int, ...]) -> MemoryError:
         memory = device_memory()
@@ -233,9 +239,7 @@ class Run:
             sample = self.batches.batch(0)
             small = {k: jax.ShapeDtypeStruct((accumulation, rows, shape[-1]), v.dtype) for k, v in sample.items()}
             try:
-                stats = self._compiled_step({**small, "seed": jax.ShapeDtypeStruct((), np.uint32)}).memory_analysis()
-                held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-                return held + stats.temp_size_in_bytes
+                return bytes_held(self._compiled_step({**small, "seed": jax.ShapeDtypeStruct((), np.uint32)}))
             except Exception:  # the compiler may run out of memory, too, or give no numbers
                 return None
 

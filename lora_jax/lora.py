@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 
 from lora_jax.model import CausalLM
-from lora_jax.models.decoder import Block, Decoder
-from lora_jax.models.linear import Embedding, Linear, RMSNorm
+from lora_jax.models.decoder import Block, Decoder, full_names
+from lora_jax.models.linear import Embedding, Linear
+from lora_jax.models.moe import ExpertLinear
 
 __all__ = [
     "DEFAULT_TARGETS",
@@ -24,7 +25,12 @@ __all__ = [
     "target_names_for_peft",
 ]
 
+# The linears of a block of most architectures, all of which get an adapter unless told otherwise.
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Names that a model with fused projections does not have -> what it has instead.
+_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+_FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # of mixtures of experts: they get an adapter only by their name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,7 @@ class LoraConfig:
     r: int = 16  # rank
     lora_alpha: float = 16  # the product is scaled by lora_alpha / r
     lora_dropout: float = 0.0  # probability that an input element of the adapter is zeroed in training
-    target_modules: tuple[str, ...] | str = DEFAULT_TARGETS  # names, "all-linear", or a regex over full names
+    target_modules: tuple[str, ...] | str | None = None  # names, "all-linear" (None is the same), regex of full names
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead (Kalajdzievski, arXiv 2312.03732)
     layers_to_transform: tuple[int, ...] | None = None  # numbers of the layers that get one; None for all
     modules_to_save: tuple[str, ...] = ()  # "lm_head", "embed_tokens": trained as whole copies
@@ -44,7 +50,7 @@ class LoraConfig:
         """Makes tuples of lists. Raises ValueError for values outside their range."""
         layers = self.layers_to_transform
         plain = {
-            "target_modules": DEFAULT_TARGETS if self.target_modules is None else self.target_modules,
+            "target_modules": self.target_modules,
             "layers_to_transform": (layers,) if isinstance(layers, int) else layers,
             "modules_to_save": self.modules_to_save or (),
         }
@@ -95,7 +101,8 @@ def get_peft_model(
       lora_alpha: the adapter's product is scaled by lora_alpha / r.
       lora_dropout: probability that an input element of an adapter is zeroed in training.
       target_modules: names of linear layers ("q_proj", "lm_head" ...), "all-linear" (all but lm_head), or a regex that
-        must match a module's full name ("model.layers.3.mlp.up_proj"); None for the seven linears of a block.
+        must match a module's full name ("model.layers.3.mlp.up_proj"); None for all linears of a block. The experts of
+        a layer get adapters together; a router ("gate") gets one only if it is in a list of names or a regex.
       use_rslora: scale by lora_alpha / sqrt(r).
       layers_to_transform: numbers of the layers that get an adapter; None for all.
       modules_to_save: "embed_tokens" or "lm_head", trained as a whole copy instead of by an adapter.
@@ -137,15 +144,20 @@ def add_adapters(decoder: Decoder, config: LoraConfig) -> None:
     _cut_stacks(decoder, [frozenset(_targets_of_layer(decoder, targets, i)) for i in layers])
     key = jax.random.key(config.random_state)
     for name, stack, module in decoder.named_modules():
-        if isinstance(module, RMSNorm):
+        if not isinstance(module, Linear | Embedding):
             continue
-        lead = () if stack is None else (stack.count,)
-        if (name if stack is None else name.format(stack.first)) in targets:
+        mine = {full for full, _ in full_names(name, stack, module)}
+        if mine & targets:
+            if missing := sorted(mine - targets):
+                raise ValueError(f"target_modules: all experts of a layer get an adapter or none, not {missing[0]}")
             n, k = module.features
+            lead = module.weight.get_value().shape[:-2]
             # The name keys the draw, so that the start does not depend on which other modules are adapted.
             rng = jax.random.fold_in(key, _hash(name))
             if stack is not None:
-                rng = jax.vmap(lambda i, rng=rng: jax.random.fold_in(rng, i))(stack.first + jnp.arange(stack.count))
+                rng = _fold_in_each(rng, stack.first + jnp.arange(stack.count))
+            if isinstance(module, ExpertLinear):
+                rng = jax.vmap(lambda rng, n=module.experts: _fold_in_each(rng, jnp.arange(n)))(rng)
             module.lora_a = nnx.LoRAParam(_uniform(rng, k, config.r))
             module.lora_b = nnx.LoRAParam(jnp.zeros((*lead, config.r, n), jnp.float32))
             module.scale, module.dropout = config.scale, config.lora_dropout
@@ -172,11 +184,14 @@ def target_names_for_peft(model: CausalLM) -> list[str] | str:
     """`target_modules` as PEFT understands it: a regex as it is, otherwise a list of names.
 
     "all-linear" is written out, since which modules that means depends on the reader's version; so is a regex beside
-    `layers_to_transform`, which PEFT does not take together.
+    `layers_to_transform`, which PEFT does not take together, and so is everything of a model that reads images too,
+    whose vision tower has modules of the same names.
     """
     assert model.lora_config is not None
     targets = model.lora_config.target_modules
-    if targets == "all-linear":
+    if model.config.hf_prefix != "model":
+        return sorted(_target_names(model.module, model.lora_config))
+    if targets is None or targets == "all-linear":
         return sorted({name.rpartition(".")[2] for name in _target_names(model.module, model.lora_config)})
     if isinstance(targets, str) and model.lora_config.layers_to_transform is not None:
         return sorted(_target_names(model.module, model.lora_config))
@@ -190,28 +205,34 @@ def _target_names(decoder: Decoder, config: LoraConfig) -> set[str]:
     if outside := sorted(selected - layers):
         raise ValueError(f"layers_to_transform names {outside}, the model has layers 0 to {max(layers)}")
     names = [
-        name.format(layer)
+        full
         for name, stack, module in decoder.named_modules()
         if isinstance(module, Linear | Embedding)
-        for layer in (range(stack.first, stack.first + stack.count) if stack else [None])
+        for full, index in full_names(name, stack, module)
         # A module outside the layers is in no selection of layers, as PEFT has it.
-        if (config.layers_to_transform is None if layer is None else layer in selected)
+        if (config.layers_to_transform is None if stack is None else stack.first + _layer(index) in selected)
     ]
     chosen = _matching(names, config)
     trained = {name.rpartition(".")[2] for name in chosen}
     if twice := trained & set(config.modules_to_save):
         raise ValueError(f"{sorted(twice)}: either target_modules or modules_to_save, not both")
     _refuse_tied(decoder, trained | set(config.modules_to_save))
-    if config.lora_dropout and "lm_head" in trained:
-        raise ValueError("lora_dropout on lm_head is not implemented; leave lm_head out, or train without dropout")
+    in_experts = any(".experts." in name for name in chosen)
+    if config.lora_dropout and (without := trained & {"lm_head", *_ROUTERS} or in_experts and {"experts"}):
+        name = min(without)
+        raise ValueError(f"lora_dropout on {name} is not implemented; leave {name} out, or train without dropout")
     return chosen
+
+
+def _layer(index) -> int:
+    return index[0] if isinstance(index, tuple) else index
 
 
 def _matching(names: list[str], config: LoraConfig) -> set[str]:
     """Those of the modules that target_modules means."""
     wanted = config.target_modules
-    if wanted == "all-linear":
-        return {name for name in names if name.rpartition(".")[2] not in ("lm_head", "embed_tokens")}
+    if wanted is None or wanted == "all-linear":
+        return {name for name in names if name.rpartition(".")[2] not in ("lm_head", "embed_tokens", *_ROUTERS)}
     if isinstance(wanted, str):
         try:
             chosen = {name for name in names if re.fullmatch(wanted, name)}
@@ -223,7 +244,10 @@ def _matching(names: list[str], config: LoraConfig) -> set[str]:
         unmatched = [w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names)]
     known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
     if unmatched:
-        raise ValueError(f"target_modules: {', '.join(map(repr, unmatched))} matches no module; there are {known}")
+        parts = {w: _FUSED[w] for w in unmatched if _FUSED.get(w) in known.split(", ")}
+        hint = "".join(f"; {part} is a part of {whole} in this model" for part, whole in parts.items())
+        which = ", ".join(map(repr, unmatched))
+        raise ValueError(f"target_modules: {which} matches no module; there are {known}{hint}")
     if not chosen and not config.modules_to_save:
         raise ValueError("target_modules is empty: nothing would be trained")
     return chosen
@@ -239,7 +263,7 @@ def _refuse_tied(decoder: Decoder, trained: set[str]) -> None:
 
 def _targets_of_layer(decoder: Decoder, targets: set[str], layer: int) -> list[str]:
     patterns = {name for name, stack, _ in decoder.named_modules() if stack is not None}
-    return [pattern for pattern in patterns if pattern.format(layer) in targets]
+    return [pattern for pattern in patterns if pattern.format(layer).replace("*", "0") in targets]
 
 
 def _cut_stacks(decoder: Decoder, kinds: list) -> None:
@@ -279,7 +303,13 @@ def _uniform(rng: jax.Array, k: int, r: int) -> jax.Array:
     def draw(key):
         return jax.random.uniform(key, (k, r), jnp.float32, -(k**-0.5), k**-0.5)
 
-    return draw(rng) if rng.ndim == 0 else jax.vmap(draw)(rng)
+    for _ in range(rng.ndim):
+        draw = jax.vmap(draw)
+    return draw(rng)
+
+
+def _fold_in_each(rng: jax.Array, numbers: jax.Array) -> jax.Array:
+    return jax.vmap(lambda i: jax.random.fold_in(rng, i))(numbers)
 
 
 def _hash(name: str) -> int:

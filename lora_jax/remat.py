@@ -1,39 +1,178 @@
-"""What the forward pass of a layer keeps for its backward pass.
+"""What the forward pass of each layer keeps for its backward pass, as data.
 
 Backward needs the intermediate values of every layer. Keeping all of them is fastest and takes the most memory; keeping
-none but each layer's input and computing the layer again takes the least. Between them, `selective` keeps the results
-of the large matmuls and of attention and recomputes what is cheap: norms, activations, adapters.
+none but each layer's input and computing the layer again takes the least. Between them lies a plan: for every group of
+consecutive layers, which named tensors are saved, moved to the host's memory, or computed again.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 
-__all__ = ["PRESETS", "checkpoint_wrapper"]
+__all__ = ["ACTIONS", "ALL", "NAMES", "PRESETS", "RematPlan"]
 
-# Names are given to tensors by `checkpoint_name`: in models/decoder.py, and in kernels/attention for "attention" and
-# its log-sum-exp, without which the attention kernel would run again.
-_SELECTIVE = ("q", "k", "v", "attention", "attention_lse", "residual", "gate", "up")
-PRESETS = ("none", "selective", "full")
+# What `checkpoint_name` calls the tensors of a layer: in models/decoder.py, and in the kernels for what only they see.
+# Without its log-sum-exp a saved attention is of no use, the kernel would run again. "thin" are the products of
+# adapters' A with their inputs: a few numbers for each token, which take a pass over its whole input to make.
+NAMES = ("input", "q", "k", "v", "attention", "attention_lse", "residual", "gate", "up", "thin")
+ACTIONS = ("save", "recompute", "offload")
+ALL = "*"  # in place of a name: every value, named or not
+
+Actions = tuple[tuple[str, str], ...]  # (name, action) in the order of NAMES; what is not listed is computed again
 
 
-def checkpoint_wrapper(remat: str) -> Callable | None:
-    """The wrapper for the function of one layer.
+@dataclasses.dataclass(frozen=True)
+class RematPlan:
+    """What to keep, by groups of consecutive layers from the first layer on. Hashable.
 
-    Args:
-      remat: "none" keeps everything, "selective" the results of large matmuls and attention, "full" recomputes all.
+    Each group is (number of layers, {name: action}). The number is None in the last group for "all that are left". A
+    name is one of NAMES, the action one of:
+
+    * "save": it stays in the device's memory from forward to backward;
+    * "offload": it is copied to the host's memory (pinned) and back; the device keeps one layer's copy;
+    * "recompute": backward computes it again from what was kept. So it is with every name that is not listed.
+
+    "input", the layer's input, must be kept: it is saved unless offloaded. `{"*": "save"}` keeps every value that
+    backward needs, named or not, so that nothing is computed again; for a part of the layers it copies their weights.
 
     Raises:
-      ValueError: unknown preset.
+      ValueError: an unknown name or action, or numbers of layers that make no sense.
     """
-    if remat == "none":
+
+    groups: tuple[tuple[int | None, Actions | Mapping[str, str]], ...]
+
+    def __post_init__(self):
+        """Brings groups that mean the same into the same form."""
+        if not self.groups:
+            raise ValueError("a rematerialisation plan needs at least one group of layers, got none")
+        groups = []
+        for place, (count, actions) in enumerate(self.groups):
+            if count is None and place + 1 < len(self.groups):
+                raise ValueError(f"only the last of {len(self.groups)} groups may be of all layers that are left")
+            if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+                raise ValueError(f"a group of layers needs a number of at least 1 or None (all left), got {count!r}")
+            groups.append((count, _canonical(dict(actions))))
+        object.__setattr__(self, "groups", tuple(groups))
+
+    @classmethod
+    def of(cls, value: "str | RematPlan | Sequence[Mapping[str, Any]]") -> "RematPlan":
+        """A plan from the name of a preset or from what a YAML file holds.
+
+        A YAML file holds a list of groups; `layers` is a number or `rest`, the other keys are names:
+
+            - {layers: 8, gate: save, up: save, attention: save, attention_lse: save}
+            - {layers: rest, input: offload}
+
+        Raises:
+          ValueError: no preset of that name, or something that is not such a list.
+        """
+        if isinstance(value, RematPlan):
+            return value
+        if isinstance(value, str):
+            if value not in PRESETS:
+                raise ValueError(f"remat={value!r} is unknown; known are {', '.join(PRESETS)}, and lists of groups")
+            return PRESETS[value]
+        if not isinstance(value, Sequence) or not all(isinstance(group, Mapping) for group in value):
+            raise ValueError(f"remat={value!r}: wanted a preset ({', '.join(PRESETS)}) or a list of groups of layers")
+        groups = []
+        for group in value:
+            count = group.get("layers")
+            if count is None:
+                raise ValueError(f"remat: the group {dict(group)} does not say of how many `layers`; a number or rest")
+            actions = {name: action for name, action in group.items() if name != "layers"}
+            groups.append((None if count == "rest" else count, actions))
+        return cls(tuple(groups))
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The plan as `of` reads it."""
+        return [{"layers": "rest" if count is None else count, **dict(actions)} for count, actions in self.groups]
+
+    def __str__(self) -> str:
+        """The name of the preset it is, or its groups in words."""
+        for name, preset in PRESETS.items():
+            if preset == self:
+                return name
+        rest = "all layers" if len(self.groups) == 1 else "the rest"
+        return "; ".join(_in_words(f"{count} layers" if count else rest, dict(a)) for count, a in self.groups)
+
+    def resolve(self, num_layers: int) -> list[tuple[int, dict[str, str]]]:
+        """The groups of a model of `num_layers` layers: (number of layers, {name: action}).
+
+        Raises:
+          ValueError: the plan is for another number of layers.
+        """
+        fixed = sum(count or 0 for count, _ in self.groups)
+        left = num_layers - fixed if self.groups[-1][0] is None else 0
+        if left < 0 or (self.groups[-1][0] is not None and fixed != num_layers):
+            raise ValueError(
+                f"the rematerialisation plan has groups of {fixed} layers, the model has {num_layers}; give the last "
+                "group the layers `rest`, or numbers that add up"
+            )
+        groups = [(left if count is None else count, dict(actions)) for count, actions in self.groups]
+        return [group for group in groups if group[0]]
+
+    def wrappers(self, num_layers: int) -> list[tuple[int, Callable | None]]:
+        """For each group of layers, how many there are and what wraps the function of one layer (None: nothing).
+
+        Raises:
+          ValueError: the plan is for another number of layers.
+        """
+        return [(count, _wrapper(actions)) for count, actions in self.resolve(num_layers)]
+
+
+def _canonical(actions: Mapping[str, str]) -> Actions:
+    known = (*NAMES, ALL)
+    for name, action in actions.items():
+        if name not in known:
+            raise ValueError(f"rematerialisation: {name!r} names no tensor of a layer; there are {', '.join(known)}")
+        if action not in ACTIONS:
+            raise ValueError(f"rematerialisation: {name}: {action!r} is unknown; there are {', '.join(ACTIONS)}")
+    if ALL in actions:
+        if dict(actions) != {ALL: "save"}:
+            raise ValueError(f'rematerialisation: "{ALL}" goes alone and with "save" only, got {dict(actions)}')
+        return ((ALL, "save"),)
+    if actions.get("input") == "recompute":
+        raise ValueError("rematerialisation: a layer's input is what the layer is computed from: save or offload it")
+    kept = {"input": "save", **actions}
+    return tuple((name, kept[name]) for name in NAMES if kept.get(name, "recompute") != "recompute")
+
+
+def _in_words(where: str, actions: dict[str, str]) -> str:
+    if ALL in actions:
+        return f"{where}: save everything"
+    parts = [
+        f"{action} {' '.join(names)}"
+        for action in ("save", "offload")
+        if (names := [name for name, a in actions.items() if a == action])
+    ]
+    return f"{where}: {', '.join(parts)}"
+
+
+def _wrapper(actions: Mapping[str, str]) -> Callable | None:
+    if ALL in actions:
         return None
-    if remat == "full":
-        policy = jax.checkpoint_policies.nothing_saveable
-    elif remat == "selective":
-        policy = jax.checkpoint_policies.save_only_these_names(*_SELECTIVE)
-    else:
-        raise ValueError(f"remat={remat!r} is unknown; known are {', '.join(PRESETS)}")
+    saved, offloaded = ([n for n, a in actions.items() if a == kind] for kind in ("save", "offload"))
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=saved,
+        names_which_can_be_offloaded=offloaded,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
     # Inside a scan the compiler cannot merge the recomputation with the forward pass, so no barrier is needed.
     return functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+
+
+def _preset(**actions: str) -> RematPlan:
+    return RematPlan(((None, tuple(actions.items())),))
+
+
+PRESETS = {
+    "none": RematPlan(((None, ((ALL, "save"),)),)),
+    # The results of the large matmuls and of attention; norms, activations and adapters are computed again.
+    "selective": _preset(**dict.fromkeys(NAMES, "save")),
+    "full": _preset(thin="save"),
+    "offload": _preset(input="offload", thin="save"),
+}

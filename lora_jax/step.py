@@ -1,6 +1,6 @@
 """The training step as a pure function of arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lora_jax.cards import this_card
 from lora_jax.kernels.loss.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
-from lora_jax.remat import checkpoint_wrapper
+from lora_jax.plan import Workload, budget_of, choose, memory, of_step
+from lora_jax.remat import RematPlan
 
 if TYPE_CHECKING:
     from lora_jax.model import CausalLM
 
-__all__ = ["make_eval_step", "make_train_step", "sum_of_losses", "train_step"]
+__all__ = ["PlannedStep", "bytes_held", "make_eval_step", "make_train_step", "sum_of_losses", "train_step"]
 
 Batch = dict[str, jax.Array]
 
@@ -25,7 +27,7 @@ def sum_of_losses(
     frozen: nnx.State,
     batch: Batch,
     *,
-    checkpoint: Callable | None = None,
+    remat: str | RematPlan = "none",
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the cross-entropies of a batch, in nats, and the number of its label tokens.
@@ -34,14 +36,13 @@ def sum_of_losses(
       graph, lora, frozen: from `CausalLM.split`.
       batch: int32 [B, T] each: "input_ids"; "labels" (the token itself, or -100 for no loss; shifted in here);
         optional "positions" and "segment_start" for packed rows, see lora_jax.data.
-      checkpoint: see `lora_jax.remat`.
+      remat: what backward recomputes: a preset or a plan, see `lora_jax.remat`.
       dropout_key: None for no dropout.
     """
     model = nnx.merge(graph, lora, frozen)
     ids, labels = batch["input_ids"], batch["labels"]
-    x, _ = model(
-        ids, batch.get("positions"), batch.get("segment_start"), checkpoint=checkpoint, dropout_key=dropout_key
-    )
+    groups = RematPlan.of(remat).wrappers(model.config.num_layers)
+    x, _ = model(ids, batch.get("positions"), batch.get("segment_start"), checkpoint=groups, dropout_key=dropout_key)
     # The state at t predicts the token at t + 1; the first token of a packed document carries no label.
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
     return linear_cross_entropy(x.reshape(-1, x.shape[-1]), model.head(), targets.reshape(-1))
@@ -55,7 +56,7 @@ def train_step(
     *,
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    checkpoint: Callable | None = None,
+    remat: str | RematPlan = "none",
     dropout: bool = False,
 ) -> tuple[nnx.State, optax.OptState, dict[str, Any]]:
     """One optimizer step over A micro-batches; pure, so it can be jitted, differentiated or sharded.
@@ -69,7 +70,7 @@ def train_step(
       batch: as in `sum_of_losses` with a leading axis, [A, B, T]; with dropout also "seed", uint32 [].
       graph: from `CausalLM.split`.
       optimizer: any optax transformation.
-      checkpoint: see `lora_jax.remat`.
+      remat: what backward recomputes: a preset or a plan, see `lora_jax.remat`.
       dropout: whether the adapters' dropout is on.
 
     Returns:
@@ -84,7 +85,7 @@ def train_step(
         micro_key = None if key is None else jax.random.fold_in(key, index)
 
         def loss_of(lora):
-            return sum_of_losses(graph, lora, frozen, micro, checkpoint=checkpoint, dropout_key=micro_key)
+            return sum_of_losses(graph, lora, frozen, micro, remat=remat, dropout_key=micro_key)
 
         (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(lora)
         return jax.tree.map(jnp.add, carry, (loss, count, grads)), None
@@ -108,7 +109,13 @@ def train_step(
     return optax.apply_updates(lora, updates), opt_state, metrics  # pyright: ignore[reportReturnType]
 
 
-def make_train_step(model: "CausalLM", optimizer: optax.GradientTransformation, *, remat: str = "full") -> Callable:
+def make_train_step(
+    model: "CausalLM",
+    optimizer: optax.GradientTransformation,
+    *,
+    remat: str | RematPlan | Sequence[Mapping[str, Any]] = "full",
+    memory_budget: str | int | None = None,
+) -> Callable:
     """`train_step` jitted for one model: step(lora, opt_state, frozen, batch) -> (lora, opt_state, metrics).
 
     lora and opt_state are donated: use what is returned, not what was passed.
@@ -116,18 +123,84 @@ def make_train_step(model: "CausalLM", optimizer: optax.GradientTransformation, 
     Args:
       model: with an adapter.
       optimizer: any optax transformation; `opt_state = optimizer.init(lora)`.
-      remat: what backward recomputes, see `lora_jax.remat`.
+      remat: what backward recomputes: a preset or a plan, see `lora_jax.remat`; "auto" chooses the fastest plan that
+        fits, for each shape of batch (see `PlannedStep`).
+      memory_budget: for "auto", what the step may take of the device: bytes, or text such as "20GB"; None for all that
+        JAX may take.
+
+    Raises:
+      ValueError: no such preset, a plan for another number of layers, or "auto" on a device that does not say how much
+        memory it has, without a budget.
     """
+    if remat == "auto":
+        return PlannedStep(model, optimizer, budget_of(memory_budget))
+    if memory_budget is not None:
+        raise ValueError(f'memory_budget={memory_budget!r} is for remat="auto", got remat={remat!r}')
+    plan = RematPlan.of(remat)
+    plan.resolve(model.config.num_layers)
+    return _jitted(model, optimizer, plan)
+
+
+def _jitted(model: "CausalLM", optimizer: optax.GradientTransformation, plan: RematPlan) -> Any:
     graph, _, _ = model.split()
-    checkpoint = checkpoint_wrapper(remat)
     dropout = model.lora_config is not None and model.lora_config.lora_dropout > 0
 
     def step(lora, opt_state, frozen, batch):
-        return train_step(
-            lora, opt_state, frozen, batch, graph=graph, optimizer=optimizer, checkpoint=checkpoint, dropout=dropout
-        )
+        return train_step(lora, opt_state, frozen, batch, graph=graph, optimizer=optimizer, remat=plan, dropout=dropout)
 
     return jax.jit(step, donate_argnums=(0, 1))
+
+
+class PlannedStep:
+    """`train_step` with the fastest rematerialisation that fits, chosen and compiled for each shape of batch.
+
+    The choice is made by `lora_jax.plan` and checked against what the compiler counts; where that is more than the
+    budget, a plan that needs less is compiled.
+
+    Attributes:
+      plans: by shape of batch [A, B, T], the plan that was chosen.
+    """
+
+    def __init__(self, model: "CausalLM", optimizer: optax.GradientTransformation, budget: int):
+        self.plans: dict[tuple[int, ...], RematPlan] = {}
+        self._model, self._optimizer, self._budget, self._compiled = model, optimizer, budget, {}
+
+    def __call__(self, lora, opt_state, frozen, batch):
+        """Takes a step; see `make_train_step`."""
+        return self.compile(lora, opt_state, frozen, batch)(lora, opt_state, frozen, batch)
+
+    def compile(self, lora, opt_state, frozen, batch) -> Any:
+        """The compiled program for such arguments.
+
+        Raises:
+          MemoryError: no plan fits; says what would.
+        """
+        shapes = tuple((name, array.shape) for name, array in sorted(batch.items()))
+        if shapes not in self._compiled:
+            work = of_step(self._model, lora, opt_state, frozen, batch)
+            plan, self._compiled[shapes] = self._fit(work, (lora, opt_state, frozen, batch))
+            self.plans[batch["input_ids"].shape] = plan
+        return self._compiled[shapes]
+
+    def _fit(self, work: Workload, arguments: tuple) -> tuple[RematPlan, Any]:
+        card, target, more = this_card(), self._budget, ""
+        while True:
+            try:
+                plan = choose(work, card, target)
+            except MemoryError as error:
+                raise MemoryError(f"{error}{more}") from None
+            compiled = _jitted(self._model, self._optimizer, plan).lower(*arguments).compile()
+            if (used := bytes_held(compiled)) <= self._budget:
+                return plan, compiled
+            target = memory(work, plan, card).total - (used - self._budget)  # below it, so the next plan is another
+            more = f" (The compiler counted {(used - self._budget) / 2**30:.2f} GiB too much for remat={str(plan)!r}.)"
+
+
+def bytes_held(compiled: Any) -> int:
+    """Peak of a compiled program on one device by the compiler's count: arguments, results and temporary arrays."""
+    stats = compiled.memory_analysis()
+    held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return held + stats.temp_size_in_bytes
 
 
 def make_eval_step(model: "CausalLM") -> Callable:

@@ -251,7 +251,7 @@ class SFTTrainer:
     def _make_train_step(self, optimizer: Any) -> Callable[..., Any]:
         from lora_jax.step import make_train_step
 
-        return make_train_step(self.model, optimizer, remat=self.args.remat)
+        return make_train_step(self.model, optimizer, remat=self.args.remat, memory_budget=self.args.memory_budget)
 
     def _make_eval_step(self) -> Callable[..., Any]:
         from lora_jax.step import make_eval_step

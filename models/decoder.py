@@ -5,8 +5,9 @@ compile time does not grow with depth. A family says what differs in its `Decode
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,29 @@ from jax.typing import DTypeLike
 
 from lora_jax.kernels.attention import flash_attention
 from lora_jax.kernels.loss import Head
+from lora_jax.kernels.nf4.mlp import ACTIVATIONS, lora_mlp
+from lora_jax.kernels.nf4.shared_input import lora_matmuls
 from lora_jax.kernels.rope import RopeConfig, apply_rope, rope_tables
 from lora_jax.models.linear import Embedding, Linear, RMSNorm, value
+from lora_jax.models.mla import LatentAttention, LatentConfig
+from lora_jax.models.moe import ExpertLinear, MoE, MoEConfig
 
-__all__ = ["Block", "Cache", "Decoder", "DecoderConfig", "Slot"]
+__all__ = ["Block", "Cache", "Decoder", "DecoderConfig", "Slot", "full_names"]
 
-# Where Hugging Face checkpoints keep the parts of a decoder.
-HF_NAMES = {"embed_tokens": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
-HF_LAYER = "model.layers.{}"
+# Hugging Face's names of a layer's norms: before and after attention, before and after the MLP.
+NORMS: dict[str, tuple[str | None, ...]] = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+
+# The tensors of a checkpoint that a module may have.
+ATTRIBUTES = ("weight", "bias", "sinks", "e_score_correction_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +63,24 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    fused_projections: bool = False  # q, k and v are one qkv_proj, gate and up one gate_up_proj
+    activation: str = "silu"  # of the gate: a key of ACTIVATIONS
+    norms: str = "pre"  # of a layer: a key of NORMS
+    norm_plus_one: bool = False  # norms multiply by 1 + weight
+    qk_norm: str | None = None  # queries and keys are normalised before rotation, each "head" or the "projection"
+    rotary_dim: int | None = None  # only so many features of a head, the first, are rotated; None for all
+    local_rope: RopeConfig | None = None  # the rotation of layers with a window; None for that of the others
+    nope_layers: tuple[int, ...] = ()  # layers without rotation
+    attention_scale: float | None = None  # factor of the scores; None for 1 / sqrt(head_dim)
+    softcap: float | None = None  # c in c tanh(scores / c)
+    embedding_scale: float = 1.0  # factor of the embeddings
+    residual_scale: float = 1.0  # factor of what attention and MLP add
+    logit_scale: float = 1.0  # factor of the logits
+    logit_softcap: float | None = None  # c in c tanh(logits / c)
+    sinks: bool = False  # each head has the score of one more key, whose value is zero
+    hf_prefix: str = "model"  # where Hugging Face's class keeps the decoder; lm_head stands beside it
+    mla: LatentConfig | None = None  # the attention is multi-head latent attention
+    moe: MoEConfig | None = None  # what takes the place of the MLP in some layers
 
 
 @jax.tree_util.register_dataclass
@@ -63,11 +97,21 @@ class Cache:
 class Context:
     """What every layer of one forward pass needs beside its input."""
 
-    cos: jax.Array
+    cos: jax.Array  # [B, T, H / 2]; with `kinds` [kinds, B, T, H / 2], and so the next two
     sin: jax.Array
-    segment_start: jax.Array | None
+    segment_start: jax.Array | None  # int32 [B, T]
     query_offset: jax.Array | int
     dropout_key: jax.Array | None
+    kinds: np.ndarray | None = None  # number of each layer's kind; None if all layers are of one
+
+    def of_layer(self, layer: jax.Array) -> "Context":
+        """The context of one layer."""
+        if self.kinds is None:
+            return self
+        kind = jnp.asarray(self.kinds)[layer]
+        tables = (self.cos, self.sin, self.segment_start)
+        cos, sin, start = (t if t is None else jax.lax.dynamic_index_in_dim(t, kind, 0, False) for t in tables)
+        return dataclasses.replace(self, cos=cos, sin=sin, segment_start=start, kinds=None)
 
     def key(self, layer: jax.Array, site: int) -> jax.Array | None:
         """The dropout key of one linear of one layer."""
@@ -80,9 +124,9 @@ class Context:
 class Slot:
     """Where one tensor of a Hugging Face checkpoint lives in the model."""
 
-    owner: nnx.Module  # the Linear, Embedding or RMSNorm
-    attribute: str  # "weight" or "bias"
-    index: int | None  # position in the stack, None for a module that is not stacked
+    owner: nnx.Module  # the Linear, Embedding, RMSNorm or Attention
+    attribute: str  # one of ATTRIBUTES
+    index: int | tuple[int, int] | None  # position in the stack (and expert), None for a module that is not stacked
 
     @property
     def variable(self) -> nnx.Param:
@@ -93,68 +137,131 @@ class Slot:
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor in the checkpoint."""
         shape = tuple(value(self.variable).shape)
-        return shape if self.index is None else shape[1:]
+        return shape[0 if self.index is None else 2 if isinstance(self.index, tuple) else 1 :]
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: DecoderConfig, window: int | None, *, lead: tuple[int, ...], dtype: DTypeLike):
+    def __init__(self, config: DecoderConfig, *, lead: tuple[int, ...], dtype: DTypeLike):
         d, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = Linear(d, q, lead=lead, dtype=dtype, bias=config.qkv_bias)
-        self.k_proj = Linear(d, kv, lead=lead, dtype=dtype, bias=config.qkv_bias)
-        self.v_proj = Linear(d, kv, lead=lead, dtype=dtype, bias=config.qkv_bias)
+        linear = functools.partial(Linear, d, lead=lead, dtype=dtype, bias=config.qkv_bias)
+        if config.fused_projections:
+            self.qkv_proj = linear(q + 2 * kv)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = linear(q), linear(kv), linear(kv)
         self.o_proj = Linear(q, d, lead=lead, dtype=dtype, bias=config.out_bias)
-        self.head_dim = config.head_dim
-        self.window = window
+        if config.qk_norm is not None:
+            widths = (config.head_dim,) * 2 if config.qk_norm == "head" else (q, kv)
+            self.q_norm, self.k_norm = (_norm(config, width, lead, dtype) for width in widths)
+        self.sinks = nnx.Param(jax.ShapeDtypeStruct((*lead, config.num_heads), dtype)) if config.sinks else None
+        self.qk_norm = config.qk_norm
+        self.head_dim, self.kv_dim = config.head_dim, kv
+        self.scale, self.softcap = config.attention_scale, config.softcap
+        # Where layers differ in their windows, these are in each layer's segment_start.
+        self.window = config.windows[0] if len(set(config.windows)) == 1 else None
 
     def __call__(self, x, context: Context, layer, update_cache: Callable):
         """x [B, T, D] -> (output [B, T, D], whatever `update_cache` returns beside keys and values)."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_proj(x, context.key(layer, 0)).reshape(heads)
-        k = self.k_proj(x, context.key(layer, 1)).reshape(heads)
-        v = checkpoint_name(self.v_proj(x, context.key(layer, 2)).reshape(heads), "v")
+        q, k, v = self._project(x, context, layer)
+        if self.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        v = checkpoint_name(v, "v")
         q = checkpoint_name(apply_rope(q, context.cos, context.sin), "q")
         k = checkpoint_name(apply_rope(k, context.cos, context.sin), "k")
         k, v, cache = update_cache(k, v)
         out = flash_attention(
-            q, k, v, segment_start=context.segment_start, query_offset=context.query_offset, window=self.window
+            q,
+            k,
+            v,
+            segment_start=context.segment_start,
+            query_offset=context.query_offset,
+            window=self.window,
+            softcap=self.softcap,
+            scale=self.scale,
+            sinks=value(self.sinks),
         )
         return self.o_proj(out.reshape(*x.shape[:2], -1), context.key(layer, 3)), cache
 
+    def _project(self, x, context: Context, layer) -> Sequence[jax.Array]:
+        """q, k, v: [B, T, features] each."""
+        if hasattr(self, "qkv_proj"):
+            qkv = self.qkv_proj(x, context.key(layer, 0))
+            return jnp.split(qkv, (qkv.shape[-1] - 2 * self.kv_dim, qkv.shape[-1] - self.kv_dim), axis=-1)
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        return lora_matmuls(x, [one.projection(context.key(layer, site)) for site, one in enumerate(layers)])
+
 
 class MLP(nnx.Module):
-    """Gated feed-forward layer, down(silu(gate(x)) * up(x))."""
+    """Gated feed-forward layer, down(activation(gate(x)) * up(x))."""
 
     def __init__(self, config: DecoderConfig, *, lead: tuple[int, ...], dtype: DTypeLike):
         d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(d, f, lead=lead, dtype=dtype, bias=bias)
-        self.up_proj = Linear(d, f, lead=lead, dtype=dtype, bias=bias)
+        linear = functools.partial(Linear, d, lead=lead, dtype=dtype, bias=bias)
+        if config.fused_projections:
+            self.gate_up_proj = linear(2 * f)
+        else:
+            self.gate_proj, self.up_proj = linear(f), linear(f)
         self.down_proj = Linear(f, d, lead=lead, dtype=dtype, bias=bias)
+        self.activation = config.activation
 
     def __call__(self, x: jax.Array, context: Context, layer: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
-        gate = checkpoint_name(self.gate_proj(x, context.key(layer, 4)), "gate")
-        up = checkpoint_name(self.up_proj(x, context.key(layer, 5)), "up")
-        return self.down_proj(jax.nn.silu(gate) * up, context.key(layer, 6))
+        if not hasattr(self, "gate_up_proj"):
+            layers = enumerate((self.gate_proj, self.up_proj, self.down_proj), start=4)
+            projections = (one.projection(context.key(layer, site)) for site, one in layers)
+            return lora_mlp(x, *projections, activation=self.activation)
+        gate, up = jnp.split(self.gate_up_proj(x, context.key(layer, 4)), 2, axis=-1)
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up, context.key(layer, 6))
 
 
 class Block(nnx.Module):
-    """Layers `first` to `first + count - 1` of the model, all alike, stacked."""
+    """Layers `first` to `first + count - 1` of the model, stacked; their arrays are alike."""
 
     def __init__(self, config: DecoderConfig, first: int, count: int, dtype: DTypeLike):
-        lead, d, eps = (count,), config.hidden_size, config.rms_norm_eps
+        lead = (count,)
         self.first, self.count = first, count
-        self.input_layernorm = RMSNorm(d, eps, lead=lead, dtype=dtype)
-        self.self_attn = Attention(config, config.windows[first], lead=lead, dtype=dtype)
-        self.post_attention_layernorm = RMSNorm(d, eps, lead=lead, dtype=dtype)
-        self.mlp = MLP(config, lead=lead, dtype=dtype)
+        self.norms = NORMS[config.norms]
+        for name in filter(None, self.norms):
+            setattr(self, name, _norm(config, config.hidden_size, lead, dtype))
+        attention = Attention if config.mla is None else LatentAttention
+        self.self_attn = attention(config, lead=lead, dtype=dtype)
+        self.mlp_name = "mlp" if config.moe is None or first not in config.moe.layers else config.moe.block
+        setattr(self, self.mlp_name, _mlp(config, first, lead, dtype))
+        self.residual_scale = config.residual_scale
 
     def __call__(self, x, context: Context, layer, update_cache: Callable):
         """One layer: x [B, T, D] -> (x, cache). `layer` is its number in the model."""
-        attended, cache = self.self_attn(self.input_layernorm(x), context, layer, update_cache)
-        x = checkpoint_name(x + attended, "residual")
-        return x + self.mlp(self.post_attention_layernorm(x), context, layer), cache
+        before_attention, after_attention, before_mlp, after_mlp = self.norms
+        context = context.of_layer(layer)
+        x, y = self._branch(before_attention, x)
+        y, cache = self.self_attn(y, context, layer, update_cache)
+        x = checkpoint_name(x + scaled(self._norm(after_attention, y), self.residual_scale), "residual")
+        x, y = self._branch(before_mlp, x)
+        y = getattr(self, self.mlp_name)(y, context, layer)
+        return x + scaled(self._norm(after_mlp, y), self.residual_scale), cache
+
+    def _branch(self, name: str | None, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The residual stream and what attention or MLP get of it."""
+        return (x, x) if name is None else getattr(self, name).branch(x)
+
+    def _norm(self, name: str | None, x: jax.Array) -> jax.Array:
+        return x if name is None else getattr(self, name)(x)
+
+
+def _mlp(config: DecoderConfig, layer: int, lead: tuple[int, ...], dtype: DTypeLike) -> MLP | MoE:
+    """The MLP of a layer, or what takes its place."""
+    moe = config.moe
+    if moe is None or layer not in moe.layers:
+        return MLP(config, lead=lead, dtype=dtype)
+    shared = None
+    if moe.shared_size is not None:
+        shared = MLP(dataclasses.replace(config, intermediate_size=moe.shared_size), lead=lead, dtype=dtype)
+    return MoE(config, moe, shared, lead=lead, dtype=dtype)
 
 
 class Decoder(nnx.Module):
@@ -172,13 +279,14 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = np.dtype(dtype)  # of the activations
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        kinds = [(window, layer_kinds and layer_kinds[i]) for i, window in enumerate(config.windows)]
+        stored = layer_kinds or [None] * config.num_layers
+        sparse = () if config.moe is None else config.moe.layers
         layers = []
-        for _, run in itertools.groupby(range(config.num_layers), key=kinds.__getitem__):
+        for _, run in itertools.groupby(range(config.num_layers), key=lambda i: (stored[i], i in sparse)):
             run = list(run)
             layers.append(Block(config, run[0], len(run), dtype))
         self.layers = nnx.List(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, lead=(), dtype=dtype)
+        self.norm = _norm(config, config.hidden_size, (), dtype)
         tied = config.tie_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, lead=(), dtype=dtype)
 
@@ -189,17 +297,18 @@ class Decoder(nnx.Module):
         segment_start: jax.Array | None = None,
         *,
         cache: Cache | None = None,
-        checkpoint: Callable | None = None,
+        checkpoint: Sequence[tuple[int, Callable | None]] | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states after the final norm; `head()` turns them into logits.
+        """Hidden states after the final norm, with the factor of the logits; `head()` turns them into logits.
 
         Args:
           input_ids: int32 [B, T].
           positions: int32 [B, T], position of each token in its document; None for 0, 1, ... T-1.
           segment_start: int32 [B, T], first index (of the row, or of the cache) each token may see; None for 0.
           cache: keys and values of earlier tokens; these tokens are appended.
-          checkpoint: wraps the function of one layer, as `jax.checkpoint` does; None keeps everything for backward.
+          checkpoint: for each group of consecutive layers how many there are and what wraps the function of one layer,
+            as `jax.checkpoint` does (lora_jax.remat); None, for a group or at all, keeps everything for backward.
           dropout_key: key for the adapters' dropout; None for no dropout.
 
         Returns:
@@ -208,78 +317,171 @@ class Decoder(nnx.Module):
         offset = 0 if cache is None else cache.length
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]) + offset, input_ids.shape)
-        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
-        context = Context(cos, sin, segment_start, offset, dropout_key)
+        keys = input_ids.shape[1] if cache is None else cache.keys[0].shape[2]
+        context = _context(self.config, positions, segment_start, offset, keys, dropout_key)
         x = self.embed_tokens(input_ids, self.dtype)
+        # Rounded to the dtype first, as Gemma's was when it was trained.
+        x *= jnp.asarray(self.config.embedding_scale, x.dtype)
         if cache is None:
-            for stack in self.layers:
-                x = _run_stack(stack, x, context, checkpoint)
-            return self.norm(x), None
+            groups = [(self.config.num_layers, None)] if checkpoint is None else checkpoint
+            for stack, start, count, wrapper in _pieces(self.layers, groups):
+                x = _run_stack(stack, start, count, x, context, wrapper)
+            return scaled(self.norm(x), self.config.logit_scale), None
         keys, values = [], []
         for stack, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
             x, k, v = _run_stack_with_cache(stack, x, context, k, v)
             keys.append(k)
             values.append(v)
         cache = Cache(tuple(keys), tuple(values), cache.length + input_ids.shape[1])
-        return self.norm(x), cache
+        return scaled(self.norm(x), self.config.logit_scale), cache
 
     def head(self) -> Head:
         """The head of the loss."""
-        return (self.embed_tokens if self.lm_head is None else self.lm_head).head()
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).head(self.config.logit_softcap)
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` tokens a row."""
         c = self.config
-        shapes = [(s.count, batch, length, c.num_kv_heads, c.head_dim) for s in self.layers]
-        keys, values = (tuple(jnp.zeros(shape, self.dtype) for shape in shapes) for _ in range(2))
+        shapes = [(s.count, batch, length, c.num_kv_heads) for s in self.layers]
+        widths = (c.head_dim, c.head_dim if c.mla is None else c.mla.value_dim)
+        keys, values = (tuple(jnp.zeros((*shape, width), self.dtype) for shape in shapes) for width in widths)
         return Cache(keys, values, jnp.int32(0))
 
     def named_modules(self) -> Iterator[tuple[str, Block | None, Linear | Embedding | RMSNorm]]:
         """(Hugging Face name, its stack, module) of every leaf module.
 
-        Modules of a stack have `{}` in their name in place of the layer's number; others have None for a stack.
+        Modules of a stack have `{}` in their name in place of the layer's number, and `*` in that of the expert's where
+        they have one; others have None for a stack. `full_names` fills in the numbers.
         """
-        for attribute, name in HF_NAMES.items():
-            if (module := getattr(self, attribute)) is not None:
-                yield name, None, module
+        prefix = self.config.hf_prefix
+        yield f"{prefix}.embed_tokens", None, self.embed_tokens
+        yield f"{prefix}.norm", None, self.norm
+        if self.lm_head is not None:
+            yield "lm_head", None, self.lm_head
         for stack in self.layers:
-            for name, module in _leaf_modules(stack, HF_LAYER):
+            for name, module in _leaf_modules(stack, f"{prefix}.layers.{{}}"):
                 yield name, stack, module
 
     def slots(self) -> dict[str, Slot]:
         """Every tensor of this model's Hugging Face checkpoint, by name."""
         slots = {}
         for name, stack, module in self.named_modules():
-            for attribute in ("weight", "bias"):
+            for attribute in ATTRIBUTES:
                 if getattr(module, attribute, None) is None:
                     continue
-                if stack is None:
-                    slots[f"{name}.{attribute}"] = Slot(module, attribute, None)
-                    continue
-                for index in range(stack.count):
-                    slots[f"{name.format(stack.first + index)}.{attribute}"] = Slot(module, attribute, index)
+                for full, index in full_names(name, stack, module):
+                    slots[f"{full}.{attribute}"] = Slot(module, attribute, index)
         return slots
+
+
+def full_names(
+    name: str, stack: Block | None, module: nnx.Module
+) -> Iterator[tuple[str, int | tuple[int, int] | None]]:
+    """Each module of the checkpoint that an entry of `named_modules` holds: its name, and its place in the arrays.
+
+    The place is None for the whole, the number of the layer in the stack, or that and the number of the expert.
+    """
+    if stack is None:
+        yield name, None
+        return
+    for index in range(stack.count):
+        of_layer = name.format(stack.first + index)
+        if isinstance(module, ExpertLinear):
+            yield from ((of_layer.replace("*", str(expert)), (index, expert)) for expert in range(module.experts))
+        else:
+            yield of_layer, index
+
+
+def _norm(config: DecoderConfig, width: int, lead: tuple[int, ...], dtype: DTypeLike) -> RMSNorm:
+    return RMSNorm(width, config.rms_norm_eps, lead=lead, dtype=dtype, plus_one=config.norm_plus_one)
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """factor * x, rounded once to the dtype of x."""
+    return x if factor == 1.0 else (factor * x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _context(config: DecoderConfig, positions, segment_start, offset, keys: int, dropout_key) -> Context:
+    """The context of a forward pass whose queries, at `offset`, see up to `keys` keys.
+
+    Layers may differ in their window and their rotation and still share one stack: both are tables, of which every
+    layer takes its own. A window is a later first key, which costs the kernels no more than a window they know of.
+    """
+    windows = [window if window is not None and window < keys else None for window in config.windows]
+    local = config.local_rope or config.rope
+    ropes = [
+        None if i in config.nope_layers else config.rope if window is None else local
+        for i, window in enumerate(config.windows)
+    ]
+    mixed = len(set(config.windows)) > 1 and any(windows)
+    kinds = [(window if mixed else None, rope) for window, rope in zip(windows, ropes, strict=True)]
+    distinct = list(dict.fromkeys(kinds))
+    cos, sin = zip(*(_rope_tables(config, rope, positions) for _, rope in distinct), strict=True)
+    starts = [segment_start] * len(distinct)
+    if mixed:
+        index = jnp.broadcast_to(jnp.arange(positions.shape[1], dtype=jnp.int32) + offset, positions.shape)
+        segment_start = jnp.zeros_like(index) if segment_start is None else segment_start
+        starts = [segment_start if w is None else jnp.maximum(segment_start, index - w + 1) for w, _ in distinct]
+    if len(distinct) == 1:
+        return Context(cos[0], sin[0], starts[0], offset, dropout_key)
+    stacked = None if starts[0] is None else jnp.stack(starts)
+    numbers = np.array([distinct.index(kind) for kind in kinds], np.int32)
+    return Context(jnp.stack(cos), jnp.stack(sin), stacked, offset, dropout_key, numbers)
+
+
+def _rope_tables(config: DecoderConfig, rope: RopeConfig | None, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    dim = config.rotary_dim or config.head_dim
+    if rope is None:
+        shape = (*positions.shape, dim // 2)
+        return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+    return rope_tables(rope, dim, positions)
 
 
 def _leaf_modules(module: nnx.Module, prefix: str) -> Iterator[tuple[str, Linear | Embedding | RMSNorm]]:
     for name, child in vars(module).items():
         if isinstance(child, Linear | Embedding | RMSNorm):
-            yield f"{prefix}.{name}", child
+            yield f"{prefix}.*.{name}" if isinstance(child, ExpertLinear) else f"{prefix}.{name}", child
         elif isinstance(child, nnx.Module):
+            if getattr(child, "sinks", None) is not None:
+                yield f"{prefix}.{name}", child
             yield from _leaf_modules(child, f"{prefix}.{name}")
 
 
-def _run_stack(stack: Block, x: jax.Array, context: Context, checkpoint: Callable | None) -> jax.Array:
-    """Runs all layers of a stack. The body closes over nothing that is differentiated, which scan would stack up."""
-    graph, state = nnx.split(stack)
+def _pieces(stacks: Iterable[Block], groups: Sequence[tuple[int, Callable | None]]) -> Iterator[tuple]:
+    """(stack, first entry in it, number of layers, wrapper): the stacks, cut where a group of layers ends."""
+    group_of = [number for number, (count, _) in enumerate(groups) for _ in range(count)]
+    for stack in stacks:
+        layers = range(stack.first, stack.first + stack.count)
+        for number, run in itertools.groupby(layers, key=group_of.__getitem__):
+            run = list(run)
+            yield stack, run[0] - stack.first, len(run), groups[number][1]
 
-    def body(x, layer):
-        index, state = layer
-        return nnx.merge(graph, state)(x, context, index, lambda k, v: (k, v, None))[0]
 
-    body = body if checkpoint is None else checkpoint(body)
-    layers = jnp.arange(stack.first, stack.first + stack.count)
-    return jax.lax.scan(lambda x, layer: (body(x, layer), None), x, (layers, state))[0]
+def _run_stack(stack: Block, start: int, count: int, x: jax.Array, context: Context, wrapper: Callable | None):
+    """Runs `count` layers of a stack, from its entry `start` on: x [B, T, D] -> [B, T, D].
+
+    To cut the frozen weights would copy them, so every layer takes its own out of the whole stack, inside of what
+    `wrapper` wraps: what is taken outside would be kept for backward. Without a wrapper only scan itself can do that.
+    The body closes over nothing that is differentiated, which scan would stack up: the trained leaves, which are small,
+    are cut.
+    """
+    graph, trained, frozen = nnx.split(stack, nnx.LoRAParam, ...)
+
+    def layer(x, index, trained, weights=None):
+        x = checkpoint_name(x, "input")
+        weights = jax.tree.map(lambda leaf: _entry(leaf, index), frozen) if weights is None else weights
+        return nnx.merge(graph, trained, weights)(x, context, stack.first + index, lambda k, v: (k, v, None))[0]
+
+    def part(state):
+        return state if count == stack.count else jax.tree.map(lambda leaf: leaf[start : start + count], state)
+
+    xs = (start + jnp.arange(count), part(trained))
+    wrapped, xs = (layer, (*xs, part(frozen))) if wrapper is None else (wrapper(layer), xs)
+    return jax.lax.scan(lambda x, xs: (wrapped(x, *xs), None), x, xs)[0]
+
+
+def _entry(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False, allow_negative_indices=False)
 
 
 def _run_stack_with_cache(stack: Block, x: jax.Array, context: Context, keys: jax.Array, values: jax.Array):

@@ -17,8 +17,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lora_jax.kernels.loss import Head
-from lora_jax.kernels.nf4 import lora_matmul
-from lora_jax.kernels.rms_norm import rms_norm
+from lora_jax.kernels.nf4.shared_input import Projection, project
+from lora_jax.kernels.rms_norm import branch_rms_norm, rms_norm
 
 __all__ = ["Embedding", "Linear", "RMSNorm", "layer_of", "set_layer", "value"]
 
@@ -30,8 +30,13 @@ def value(variable: nnx.Variable | None) -> Any:
 
 @jax.jit
 def layer_of(stack, index):
-    """Entry `index` of a stack of arrays or NF4Weights; compiled once a shape, unlike `stack[3]` and `stack[4]`."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
+    """Entry `index` of a stack of arrays or NF4Weights; compiled once a shape, unlike `stack[3]` and `stack[4]`.
+
+    With two leading axes the index is a pair, as it is of `set_layer`.
+    """
+    for i in index if isinstance(index, tuple) else (index,):
+        stack = jax.tree.map(lambda leaf, i=i: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), stack)
+    return stack
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -65,10 +70,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """x [..., K] -> [..., N]; without a key there is no dropout."""
+        return project(x, self.projection(dropout_key))
+
+    def projection(self, dropout_key: jax.Array | None = None) -> Projection:
+        """This layer as an operand of functions of several layers; without a key there is no dropout."""
         rate = self.dropout if dropout_key is not None else 0.0
-        a, b = value(self.lora_a), value(self.lora_b)
-        y = lora_matmul(x, value(self.weight), a, b, self.scale, dropout_rate=rate, dropout_key=dropout_key)
-        return y if self.bias is None else y + value(self.bias).astype(y.dtype)
+        w, a, b, bias = (value(v) for v in (self.weight, self.lora_a, self.lora_b, self.bias))
+        return Projection(w, a, b, self.scale, bias, rate, dropout_key)
 
     def head(self, softcap: float | None = None) -> Head:
         """This layer as the head of the loss."""
@@ -108,12 +116,16 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm with a frozen weight [D]."""
+    """Root-mean-square norm with a frozen weight [D], or 1 + weight for a factor."""
 
-    def __init__(self, dim: int, eps: float, *, lead: tuple[int, ...], dtype: DTypeLike):
+    def __init__(self, dim: int, eps: float, *, lead: tuple[int, ...], dtype: DTypeLike, plus_one: bool = False):
         self.weight = _empty((*lead, dim), dtype)
-        self.eps = eps
+        self.eps, self.plus_one = eps, plus_one
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> the same shape and dtype."""
-        return rms_norm(x, value(self.weight), self.eps)
+        return rms_norm(x, value(self.weight), self.eps, plus_one=self.plus_one)
+
+    def branch(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(x, its norm), for the input of a branch beside the residual stream."""
+        return branch_rms_norm(x, value(self.weight), self.eps, plus_one=self.plus_one)

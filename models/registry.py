@@ -11,6 +11,24 @@ __all__ = ["ARCHITECTURES", "config_from_hf"]
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
+    "Mistral3ForConditionalGeneration": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "Gemma3ForConditionalGeneration": "gemma3",
+    "Phi3ForCausalLM": "phi3",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo2",
+    "SmolLM3ForCausalLM": "smollm3",
+    "GraniteForCausalLM": "granite",
+    "GptOssForCausalLM": "gpt_oss",
+    "DeepseekV2ForCausalLM": "deepseek",
+    "DeepseekV3ForCausalLM": "deepseek",
 }
 
 
@@ -20,9 +38,9 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     Raises:
       ValueError: the architecture is missing or unknown (those known are listed), or a field is wrong.
     """
-    names = hf.get("architectures") or [None]
-    if names[0] not in ARCHITECTURES:
+    name: Any = (hf.get("architectures") or [None])[0]
+    if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"config.json: architecture {names[0]!r} is not implemented; known are {known}")
-    family = importlib.import_module(f"lora_jax.models.{ARCHITECTURES[names[0]]}")
+        raise ValueError(f"config.json: architecture {name!r} is not implemented; known are {known}")
+    family = importlib.import_module(f"lora_jax.models.{ARCHITECTURES[name]}")
     return family.config_from_hf(hf)

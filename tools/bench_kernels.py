@@ -191,38 +191,43 @@ def linear() -> None:
 
 
 def mlp() -> None:
-    """gate, up, SwiGLU and down with adapters, forward and backward."""
+    """gate, up, SwiGLU and down with adapters, and q, k, v, forward and backward."""
     import jax
 
-    from lora_jax.kernels.nf4 import lora_matmul
+    from lora_jax.kernels.nf4.mlp import lora_mlp
+    from lora_jax.kernels.nf4.shared_input import Projection, lora_matmuls
 
-    def weights(seed):
-        shapes = ((F, D), (F, D), (D, F))
-        return [
-            (nf4_weight(10 * seed + i, n, k), normal(i, (k, 16), 0.02, "float32"), normal(i, (16, n), 0.02, "float32"))
+    def layers(seed, shapes):
+        weights = [nf4_weight(10 * seed + i, n, k) for i, (n, k) in enumerate(shapes)]
+        adapters = [
+            (normal(i, (k, 16), 0.02, "float32"), normal(i, (16, n), 0.02, "float32"))
             for i, (n, k) in enumerate(shapes)
         ]
+        return weights, adapters
 
-    def composed(x, layers, name):
-        gate, up, down = layers
-        call = functools.partial(lora_matmul, scale=1.0, implementation=name)
-        return call(jax.nn.silu(call(x, *gate)) * call(x, *up), *down)
+    def both(f):
+        def run(x, dys, weights, factors):
+            def of(x, factors):
+                return f(x, [Projection(w, a, b) for w, (a, b) in zip(weights, factors, strict=True)])
 
+            out, pull = jax.vjp(of, x, factors)
+            out, dys = jax.lax.optimization_barrier((out, dys))  # backward begins when forward has ended
+            return out, pull(dys)
+
+        return run
+
+    # "xla" is the composition of `lora_matmul`, which chooses for itself.
     for m in (4096, 16384):
         x, dy = normal(1, (m, D)), normal(2, (m, D), 0.01)
-        sets = [(x, dy, weights(seed)) for seed in range(2)]
+        sets = [(x, dy, *layers(seed, ((F, D), (F, D), (D, F)))) for seed in range(2)]
+        qkv = ((D, D), (D // 4, D), (D // 4, D))
+        dys = tuple(normal(3, (m, n), 0.01) for n, _ in qkv)
+        narrow = [(x, dys, *layers(seed, qkv)) for seed in range(4)]
         for name in ("xla", "triton", None):
-
-            def both(x, dy, layers, name=name):
-                factors = [(a, b) for _, a, b in layers]
-
-                def f(x, factors):
-                    return composed(x, [(w, a, b) for (w, _, _), (a, b) in zip(layers, factors, strict=True)], name)
-
-                out, pull = jax.vjp(f, x, factors)
-                return out, pull(dy)
-
-            report("LoRA MLP, fwd + bwd", f"M {m}", name or "chosen", both, sets, flops=12 * m * D * F)
+            f = both(lambda x, parts, name=name: lora_mlp(x, *parts, implementation=name))
+            report("LoRA MLP, fwd + bwd", f"M {m}", name or "chosen", f, sets, flops=12 * m * D * F)
+            f = both(lambda x, parts, name=name: lora_matmuls(x, parts, implementation=name))
+            report("LoRA q, k, v, fwd + bwd", f"M {m}", name or "chosen", f, narrow, flops=6 * m * D * D)
 
 
 def attention() -> None:

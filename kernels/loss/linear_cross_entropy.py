@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from lora_jax.kernels.dispatch import on_gpu, resolve
 from lora_jax.kernels.nf4 import NF4Weight, lora_matmul
 
-__all__ = ["IGNORE_INDEX", "Head", "linear_cross_entropy"]
+__all__ = ["IGNORE_INDEX", "Head", "chunk_rows", "linear_cross_entropy"]
 
 IGNORE_INDEX = -100  # the label that marks a token without loss, as in PyTorch
 _CHUNK_BYTES = 2**28  # of the logits of one chunk
@@ -110,7 +110,7 @@ def linear_cross_entropy(
     implementation = resolve("linear_cross_entropy", implementation, supported, on_gpu("mosaic"))
     multiple, size = (_module("mosaic").ROWS, 2) if implementation == "mosaic" else (1, 4)
     if chunk is None:
-        chunk = max(256, 2 ** round(math.log2(_CHUNK_BYTES / (size * vocab))))
+        chunk = chunk_rows(vocab, size)
     chunks = -(-len(labels) // chunk)
     rows = -(-len(labels) // (chunks * multiple)) * multiple  # chunks of one size, with little padding
     padding = -len(labels) % rows
@@ -119,6 +119,11 @@ def linear_cross_entropy(
     trained = (head.trained, head.a, head.b)
     loss: jax.Array = _chunked(x, trained, head, labels, implementation)
     return loss, jnp.sum(labels != IGNORE_INDEX, dtype=jnp.int32)
+
+
+def chunk_rows(vocab: int, itemsize: int) -> int:
+    """Rows whose logits exist at once by default, for logits of `itemsize` bytes."""
+    return max(256, 2 ** round(math.log2(_CHUNK_BYTES / (itemsize * vocab))))
 
 
 def _module(name: str) -> ModuleType:

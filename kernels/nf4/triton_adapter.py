@@ -32,14 +32,16 @@ def extend(x: jax.Array, a: jax.Array) -> jax.Array:
     return extend_combined(lambda tile: tile, (x,), a, "lora_extend")
 
 
-def extend_combined(combine, inputs, a: jax.Array, name: str, *, block=64, step=128, parts=8, warps=4) -> jax.Array:
+def extend_combined(combine, inputs, a: jax.Array, name: str, *, block=64, step=None, parts=8, warps=4) -> jax.Array:
     """Returns [h, h a, 0] for h = combine(*inputs), elementwise, all bfloat16 [M, K].
 
-    A program walks through a part of K; the products of the parts are summed outside, in a fixed order.
+    A program walks through a part of K, `step` columns at a time; the products of the parts are summed outside, in a
+    fixed order.
     """
     (m, k), r = inputs[0].shape, a.shape[1]
     extra = padded_rank(r)[1]
-    step = _divisor(k, step)
+    # A step of A is in registers too: with 64 columns of each, five programs fit on an SM, and all run at once.
+    step = _divisor(k, step or (128 if r <= 32 else 64))
     parts = math.gcd(k // step, parts)
     out, sums = pl.pallas_call(
         functools.partial(_extend_kernel, combine=combine, block=block, step=step, parts=parts),

@@ -1,4 +1,4 @@
-"""Export of Llama and Mistral models to GGUF, the file format of llama.cpp.
+"""Export of dense models to GGUF, the file format of llama.cpp.
 
 A GGUF file holds metadata (shape of the model, tokenizer, chat template) and then the tensors. Tensor by tensor, the
 source is read, converted and written, so that memory holds one tensor and its converted copy. The finished file is
@@ -10,9 +10,9 @@ norms, biases and other 1-D tensors are float32 in all of them.
 
 import contextlib
 import errno
+import functools
 import math
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -27,16 +27,19 @@ from gguf import GGMLQuantizationType as GgmlType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from lora_jax.export.gguf_metadata import (
+    PERMUTED,
+    PLUS_ONE,
     ModelShape,
     add_model,
     add_tokenizer,
-    llama3_rope_factors,
     model_shape,
+    rope_factors,
     unsupported,
 )
 from lora_jax.export.gguf_tokenizer import GgufTokenizer, read_tokenizer
 from lora_jax.export.hf import copy_small_files
 from lora_jax.export.merge import merged_tensors
+from lora_jax.models.decoder import Decoder
 from lora_jax.reporting import console, say
 
 if TYPE_CHECKING:
@@ -50,20 +53,6 @@ FILE_TYPES = {
 }
 _CHUNK = 1 << 22  # elements converted or compared at a time
 _F16_MAX = 65504.0
-
-# Hugging Face module -> GGUF name, once in the model and once per layer ("blk.{i}." before it).
-_ONCE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_PER_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 class TensorSource(Protocol):
@@ -88,6 +77,7 @@ class _Planned:
     source: TensorSource
     heads: int | None  # of rows to permute (q and k), else None
     type: GgmlType
+    plus_one: bool = False  # the file's values are one more
 
     @property
     def nbytes(self) -> int:
@@ -195,13 +185,13 @@ def write_gguf(
         raise IsADirectoryError(f"cannot write the GGUF file {path}: it is a folder")
     shape = model_shape(hf_config)
     plan, notes = _plan(tensors, shape, FILE_TYPES[file_type][1])
-    tokenizer = read_tokenizer(tokenizer_dir, shape.vocab)
+    tokenizer = read_tokenizer(tokenizer_dir, shape.decoder.vocab_size)
     for note in notes + tokenizer.notes + unsupported(shape):
         say(f"GGUF: {note}")
 
     # Beside the target, so that the rename stays within one file system.
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    writer = gguf.GGUFWriter(scratch, "llama")
+    writer = gguf.GGUFWriter(scratch, shape.architecture)
     disk = _Disk(path, sum(tensor.nbytes for tensor in plan))
     try:
         with disk.explained():
@@ -231,14 +221,17 @@ def verify_gguf(path: str | os.PathLike[str], tensors: Mapping[str, TensorSource
     """
     reader = gguf.GGUFReader(path)
     written = {tensor.name: tensor for tensor in reader.tensors}
+    architecture = _field(reader, "general.architecture")
     heads = {
-        "attn_q": _field(reader, "llama.attention.head_count"),
-        "attn_k": _field(reader, "llama.attention.head_count_kv"),
+        "attn_q": _field(reader, f"{architecture}.attention.head_count"),
+        "attn_k": _field(reader, f"{architecture}.attention.head_count_kv"),
     }
-    names = {hf_name: name for hf_name in tensors if (name := _gguf_name(hf_name)) is not None}
+    heads = heads if architecture in PERMUTED else {}
+    layers = _field(reader, f"{architecture}.block_count")
     if "output.weight" not in written:  # the head is tied to the embedding
-        names.pop("lm_head.weight", None)
-    extra = written.keys() - set(names.values()) - {"rope_freqs.weight"}
+        tensors = {hf_name: tensor for hf_name, tensor in tensors.items() if hf_name != "lm_head.weight"}
+    names = {n: name for n in tensors if (name := _gguf_name(n, architecture, layers)) is not None}
+    extra = {name for name in written.keys() - set(names.values()) if not name.startswith("rope_f")}
     missing = set(names.values()) - written.keys()
     if extra or missing:
         raise ValueError(f"{path} does not hold the model: missing {sorted(missing)}, not in the model {sorted(extra)}")
@@ -248,8 +241,10 @@ def verify_gguf(path: str | os.PathLike[str], tensors: Mapping[str, TensorSource
             tensor, source = written[name], tensors[hf_name]
             if (got := tuple(int(n) for n in reversed(tensor.shape))) != tuple(source.shape):
                 raise ValueError(f"{path}: {name} has shape {got}, but {hf_name} has {tuple(source.shape)}")
-            kind = name.split(".")[-2]
-            _compare(tensor, source.read(), heads.get(kind), f"{path}: {name} ({tensor.tensor_type.name})", advance)
+            kind, values = name.split(".")[-2], source.read()
+            if architecture in PLUS_ONE and kind.endswith("norm"):
+                values = values + np.float32(1)
+            _compare(tensor, values, heads.get(kind), f"{path}: {name} ({tensor.tensor_type.name})", advance)
 
 
 def _compare(tensor: Any, expected: np.ndarray, heads: int | None, what: str, advance: Callable[[int], None]) -> None:
@@ -298,63 +293,40 @@ def _field(reader: gguf.GGUFReader, key: str) -> Any:
 # The plan: which tensors, under which names.
 
 
-def _gguf_name(hf_name: str) -> str | None:
+@functools.cache
+def _name_map(architecture: str, layers: int) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map({name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture], layers)
+
+
+def _gguf_name(hf_name: str, architecture: str, layers: int) -> str | None:
     """The tensor's name in the GGUF; None if it has none there (what is computed from the config)."""
     if hf_name.endswith("rotary_emb.inv_freq"):
         return None
-    module, _, suffix = hf_name.rpartition(".")
-    if suffix in ("weight", "bias"):
-        if module in _ONCE:
-            return f"{_ONCE[module]}.{suffix}"
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-        if match and match[2] in _PER_LAYER:
-            return f"blk.{match[1]}.{_PER_LAYER[match[2]]}.{suffix}"
-    raise ValueError(f"tensor {hf_name!r} has no place in a GGUF file of the llama architecture; merge adapters first")
-
-
-def _expected(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every weight (biases are optional), in the order of the file."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    yield "model.embed_tokens.weight", (shape.vocab, shape.hidden)
-    per_layer = {
-        "input_layernorm": (shape.hidden,),
-        "self_attn.q_proj": (q, shape.hidden),
-        "self_attn.k_proj": (kv, shape.hidden),
-        "self_attn.v_proj": (kv, shape.hidden),
-        "self_attn.o_proj": (shape.hidden, q),
-        "post_attention_layernorm": (shape.hidden,),
-        "mlp.gate_proj": (shape.ffn, shape.hidden),
-        "mlp.up_proj": (shape.ffn, shape.hidden),
-        "mlp.down_proj": (shape.hidden, shape.ffn),
-    }
-    for i in range(shape.layers):
-        for module, size in per_layer.items():
-            yield f"model.layers.{i}.{module}.weight", size
-    yield "model.norm.weight", (shape.hidden,)
-    if not shape.tied:
-        yield "lm_head.weight", (shape.vocab, shape.hidden)
+    name = hf_name.replace("model.language_model.", "model.", 1)
+    if name.endswith((".weight", ".bias")):
+        found = _name_map(architecture, layers).get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is not None:
+            return found
+    raise ValueError(
+        f"tensor {hf_name!r} has no place in a GGUF file of the {architecture} architecture with {layers} layers; "
+        "merge adapters first"
+    )
 
 
 def _plan(
     tensors: Mapping[str, TensorSource], shape: ModelShape, main_type: GgmlType
 ) -> tuple[list[_Planned], list[str]]:
-    expected: dict[str, tuple[int, ...]] = {}
-    for hf_name, size in _expected(shape):
-        expected[hf_name] = size
-        bias = hf_name.removesuffix("weight") + "bias"
-        if len(size) == 2 and bias in tensors:
-            expected[bias] = size[:1]
+    decoder, architecture = shape.decoder, shape.architecture
+    expected = {name: slot.shape for name, slot in Decoder(decoder, np.float32).slots().items()}
     if missing := [hf_name for hf_name in expected if hf_name not in tensors]:
         raise ValueError(f"{len(missing)} tensors of the model are missing: {', '.join(missing[:5])}")
     for hf_name in tensors.keys() - expected.keys():
-        tied_head = hf_name == "lm_head.weight" and shape.tied
-        if _gguf_name(hf_name) is not None and not tied_head:  # (raises where the name is unknown)
-            raise ValueError(
-                f"tensor {hf_name!r} does not belong to a model of {shape.layers} layers as config.json says"
-            )
-    plan = []
-    if (factors := llama3_rope_factors(shape)) is not None:
-        plan.append(_Planned("rope_freqs.weight", "", _Computed(factors), None, GgmlType.F32))
+        tied_head = hf_name == "lm_head.weight" and decoder.tie_embeddings
+        # (raises where the name is unknown)
+        if not tied_head and _gguf_name(hf_name, architecture, decoder.num_layers) is not None:
+            raise ValueError(f"tensor {hf_name!r} does not belong to a model as config.json has it")
+    plan = [_Planned(n, "", _Computed(factors), None, GgmlType.F32) for n, factors in rope_factors(shape).items()]
+    permuted = {"q_proj": decoder.num_heads, "k_proj": decoder.num_kv_heads} if architecture in PERMUTED else {}
     fallbacks = []
     for hf_name, size in expected.items():
         source = tensors[hf_name]
@@ -365,10 +337,10 @@ def _plan(
             type = GgmlType.F16
             fallbacks.append(hf_name)
         module = hf_name.rsplit(".", 1)[0]
-        heads = {"q_proj": shape.heads, "k_proj": shape.kv_heads}.get(module.rsplit(".", 1)[-1])
-        name = _gguf_name(hf_name)
+        name = _gguf_name(hf_name, architecture, decoder.num_layers)
         assert name is not None
-        plan.append(_Planned(name, hf_name, source, heads, type))
+        heads, plus_one = permuted.get(module.rsplit(".", 1)[-1]), architecture in PLUS_ONE and len(size) == 1
+        plan.append(_Planned(name, hf_name, source, heads, type, plus_one and "norm" in module))
     notes = []
     if fallbacks:
         notes.append(
@@ -459,6 +431,8 @@ def _converted(tensor: _Planned) -> np.ndarray:
         half = values.shape[0] // tensor.heads // 2
         split = values.reshape(tensor.heads, 2, half, *values.shape[1:])
         values = split.swapaxes(1, 2).reshape(values.shape)
+    if tensor.plus_one:
+        values = values + np.float32(1)
     values = np.ascontiguousarray(values)
     if tensor.type == GgmlType.F32:
         return values

@@ -10,8 +10,9 @@ import numpy as np
 from rich.progress import Progress
 
 from lora_jax.export.aside import folder_aside
-from lora_jax.export.merge import merged_tensors
+from lora_jax.export.merge import as_stored, merged_tensors, tensors_beside
 from lora_jax.export.safetensors_writer import write_checkpoint
+from lora_jax.hf_checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from lora_jax.model import CausalLM
@@ -79,6 +80,8 @@ def save_merged(
     if not (model.source / "config.json").exists():
         raise FileNotFoundError(f"{model.source} is gone: its config.json and tokenizer belong into the merged folder")
     tensors = merged_tensors(model, merge_base)
+    if model.config.hf_prefix != "model" or model.config.moe is not None:
+        tensors = as_stored(Checkpoint(model.source), tensors | tensors_beside(model))
     bar = Progress(disable=not verbose, transient=True)
     with folder_aside(folder, overwrite, kept=[model.source]) as aside, bar as progress:
         task = progress.add_task("Writing merged weights", total=len(tensors))

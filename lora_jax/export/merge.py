@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.fused_experts import Part, assemble
 from lora_jax.hf_checkpoint import Checkpoint
 from lora_jax.kernels.nf4 import NF4Weight, dequantize
 from lora_jax.models.decoder import Slot
@@ -17,7 +18,7 @@ from lora_jax.models.linear import Embedding, Linear, layer_of, value
 if TYPE_CHECKING:
     from lora_jax.model import CausalLM
 
-__all__ = ["MERGE_BASES", "MergedTensor", "merged_tensors"]
+__all__ = ["MERGE_BASES", "MergedTensor", "as_stored", "merged_tensors", "tensors_beside"]
 
 MERGE_BASES = ("dequantized", "original")
 
@@ -58,6 +59,43 @@ def merged_tensors(model: "CausalLM", merge_base: str = "dequantized") -> dict[s
     }
 
 
+def tensors_beside(model: "CausalLM") -> dict[str, MergedTensor]:
+    """What the source holds beside the language model (its vision tower), float32, unchanged.
+
+    Raises:
+      FileNotFoundError: the source's files are gone.
+      ValueError: it is quantised.
+    """
+    prefix = model.config.hf_prefix
+    if prefix == "model":
+        return {}
+    checkpoint = Checkpoint(model.source)
+    names = [n for n in checkpoint.names if not n.startswith((f"{prefix}.", "lm_head."))]
+    if quantized := [name for name in names if ".quant_state." in name]:
+        raise ValueError(f"{model.source} holds {quantized[0]}: merge into the 16-bit model instead")
+    return {
+        name: MergedTensor(checkpoint.shape(name), lambda name=name: checkpoint.read(name).astype(np.float32))
+        for name in names
+    }
+
+
+def as_stored(source: Checkpoint, tensors: dict[str, MergedTensor]) -> dict[str, MergedTensor]:
+    """The tensors by their names in the source's files, those of single experts put together where the files do so."""
+    stored, parts = {}, {}
+    for name, tensor in tensors.items():
+        if (part := source.part(name)) is None:
+            stored[source.stored_name(name)] = tensor
+        else:
+            parts.setdefault(source.stored_name(name), {})[name] = part
+    for whole, own in parts.items():
+        stored[whole] = _together(own, source.whole_shape(next(iter(own))), tensors)
+    return stored
+
+
+def _together(parts: dict[str, Part], shape: tuple[int, ...], tensors: dict[str, MergedTensor]) -> MergedTensor:
+    return MergedTensor(shape, lambda: assemble(parts, shape, lambda name: tensors[name].read()))
+
+
 def _read(name: str, slot: Slot, checkpoint: Checkpoint | None) -> np.ndarray:
     owner = slot.owner
     trained = getattr(owner, "trained", None)
@@ -74,8 +112,8 @@ def _read(name: str, slot: Slot, checkpoint: Checkpoint | None) -> np.ndarray:
     return weight + (product.T if isinstance(owner, Linear) else product)
 
 
-def _dense(stored: jax.Array | NF4Weight, index: int | None) -> np.ndarray:
-    """A weight, or one layer of a stack of them, as float32 on the host."""
+def _dense(stored: jax.Array | NF4Weight, index: int | tuple[int, int] | None) -> np.ndarray:
+    """A weight, or one of a stack of them, as float32 on the host."""
     one = stored if index is None else layer_of(stored, index)
     return np.asarray(_dequantize(one, jnp.float32) if isinstance(one, NF4Weight) else one, np.float32)
 

@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax.export.aside import folder_aside
 from lora_jax.export.safetensors_writer import write_file
 from lora_jax.hf_checkpoint import read_json
+from lora_jax.models.decoder import full_names
 from lora_jax.models.linear import Embedding, layer_of, set_layer, value
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class _Part:
 
     owner: "nnx.Module"
     attribute: str  # lora_a, lora_b or trained
-    index: int | None
+    index: int | tuple[int, int] | None
     transposed: bool  # PEFT keeps A as [R, K] and B as [N, R]
 
     @property
@@ -155,8 +156,7 @@ def _parts(model: "CausalLM") -> dict[str, _Part]:
     """Every tensor of the adapter by PEFT's name."""
     parts = {}
     for name, stack, module in model.module.named_modules():
-        for index in range(stack.count) if stack else [None]:
-            full = name if stack is None or index is None else name.format(stack.first + index)
+        for full, index in full_names(name, stack, module):
             for attribute, suffix, transposed in _attributes(module):
                 parts[f"base_model.model.{full}.{suffix}"] = _Part(module, attribute, index, transposed)
     return parts

@@ -172,13 +172,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "linear, tied": {"tie_word_embeddings": True, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "yarn": {"rope_parameters": _YARN},
     "yarn, attention_factor": {"rope_parameters": {**_YARN, "attention_factor": 1.4}},
+    "biases": {"attention_bias": True, "mlp_bias": True},
 }
 
 
-@pytest.mark.parametrize("model", [*MODELS, "biases"])
+@pytest.mark.parametrize("model", MODELS)
 def test_random_model_equals_float64_forward(model: str, export: Callable[..., Path]) -> None:
-    config = hf_config(**MODELS.get(model, {}))
-    weights = random_weights(config, biases=model == "biases")
+    config = hf_config(**MODELS[model])
+    weights = random_weights(config, biases="attention_bias" in config)
     path = export(config, weights)
     assert ("output.weight" in {t.name for t in gguf.GGUFReader(path).tensors}) != config["tie_word_embeddings"]
     expected = reference_logprobs(config, weights, IDS)
@@ -393,12 +394,15 @@ def test_verification_finds_swapped_rows_and_missing_tensors(export: Callable[..
     ("changes", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel'; known: LlamaForCausalLM, MistralForCausalLM"),
-        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": None}, "hidden_size must be a whole number above 0, got None"),
         ({"hidden_act": "gelu"}, "'gelu'"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "'longrope' is not supported"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1] * 8, "long_factor": [2] * 8}},
+            "llama.cpp's architecture 'llama' has no rope type 'longrope'",
+        ),
         ({"num_key_value_heads": 4}, r"k_proj.weight has shape \(32, 64\), but config.json asks for \(64, 64\)"),
         ({"num_hidden_layers": 3}, "9 tensors of the model are missing: model.layers.2"),
-        ({"num_hidden_layers": 1}, "does not belong to a model of 1 layers"),
+        ({"num_hidden_layers": 1}, "has no place in a GGUF file of the llama architecture with 1 layers"),
         ({"vocab_size": 500}, "but the model only 500 ids"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],

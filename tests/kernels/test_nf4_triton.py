@@ -1,14 +1,19 @@
-"""The Pallas-Triton forms of the NF4 matmul and of the feed-forward layer; without a GPU in the interpreter."""
+"""The Pallas-Triton forms of NF4 matmuls, one or several, and of the feed-forward layer; without a GPU interpreted."""
 
+import collections
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.kernels.nf4 import dequantize, lora_matmul, quantize, triton
-from lora_jax.kernels.nf4.mlp import Projection, lora_mlp
+from lora_jax.kernels.dispatch import using
+from lora_jax.kernels.nf4 import NF4Weight, dequantize, lora_matmul, quantize, triton, triton_mlp
+from lora_jax.kernels.nf4.mlp import lora_mlp
+from lora_jax.kernels.nf4.shared_input import Projection, lora_matmuls
 from lora_jax.kernels.nf4.triton_adapter import add_product, extend, padded_rank
 
 
@@ -39,6 +44,19 @@ def test_decoding_equals_the_definition_bit_for_bit(shape, double):
     np.testing.assert_array_equal(bits(got), bits(jnp.concatenate([want, beside], axis=1)))
     got = jax.jit(lambda w, x: triton.dequantize(w, below=x))(w, below)
     np.testing.assert_array_equal(bits(got), bits(jnp.concatenate([want, below], axis=0)))
+
+
+def test_decoding_several_weights_at_once():
+    """Weights of other heights, doubly quantised or not."""
+    rng = np.random.default_rng(0)
+    weights = [
+        quantize(normal(rng, n, 192, dtype=jnp.float32), double) for n, double in ((8, True), (4, False), (6, True))
+    ]
+    want = jnp.concatenate([dequantize(w, jnp.bfloat16) for w in weights])
+    beside = normal(rng, 18, 128)
+    got = jax.jit(lambda weights, x: triton.dequantize(*weights, beside=x))(weights, beside)
+    np.testing.assert_array_equal(bits(got), bits(jnp.concatenate([want, beside], axis=1)))
+    np.testing.assert_array_equal(bits(jax.jit(triton.dequantize)(*weights)), bits(want))
 
 
 @pytest.mark.parametrize(("m", "k", "rank"), [(16, 128, 16), (5, 64, 16), (33, 192, 32), (2, 64, 64)])
@@ -153,7 +171,7 @@ def test_the_decoded_weight_is_no_residual():
         assert max(kept) == w.packed.size
 
 
-def test_refusals():
+def test_refusals_of_lora_matmul():
     x, w, a, b, _ = case(4, (64, 128), 4)
     with pytest.raises(NotImplementedError, match="x is float32"):
         lora_matmul(x.astype(jnp.float32), w, a, b, implementation="triton")
@@ -167,27 +185,223 @@ def test_refusals():
         lora_matmul(x, w, a, b, implementation="triton")
 
 
-@pytest.mark.parametrize(("m", "k", "f", "rank"), [(32, 64, 128, 8), (37, 128, 192, 16), (1, 64, 64, 40)])
-def test_lora_mlp_is_no_worse_than_the_composition(m, k, f, rank):
-    scales = (0.5, 0.7, 1.3)
+# Several layers of one input, and the feed-forward layer.
 
+
+SCALES = (0.5, 0.7, 1.3)
+
+
+def projections(weights, factors, biases=(None,) * 3):
+    return [Projection(w, *ab, s, b) for w, ab, s, b in zip(weights, factors, SCALES, biases, strict=True)]
+
+
+def layers_of(m, shapes, ranks, seed):
+    """x, weights and factors of three layers, the weights in float64 as well; rank 0 is no adapter."""
+    cases = [
+        case(m, shape, max(rank, 1), seed % 2 == i % 2, seed + 100 * i)
+        for i, (shape, rank) in enumerate(zip(shapes, ranks, strict=True))
+    ]
+    weights = tuple(one[1] for one in cases)
+    factors = tuple(one[2:4] if rank else (None, None) for one, rank in zip(cases, ranks, strict=True))
+    dense = [np.asarray(dequantize(w, jnp.bfloat16), np.float64) for w in weights]
+    return cases[0][0], weights, factors, dense
+
+
+def linear(x, dense, factors, i):
+    """Layer i in the precision of its arguments."""
+    a, b = factors[i]
+    y = x @ dense[i].T
+    return y if a is None else y + SCALES[i] * (x @ a) @ b
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "sizes", "ranks"),
+    [
+        (37, 128, (128, 64, 64), (8, 16, 40)),  # merged forward, more than 64 columns
+        (3, 64, (96, 64, 48), (4, 0, 1)),  # one matmul each, one layer without adapter
+        (1, 192, (64, 32, 40), (16, 16, 16)),
+    ],
+)
+def test_lora_matmuls_are_no_worse_than_the_composition(m, k, sizes, ranks):
     def draw(seed):
-        x, *gate, _ = case(m, (f, k), rank, seed=seed)
-        _, *up, _ = case(m, (f, k), rank, seed=seed + 100)
-        _, *down, dy = case(m, (k, f), rank, seed=seed + 200)
-        weights, factors = (gate[0], up[0], down[0]), (gate[1:], up[1:], down[1:])
-        dense = [np.asarray(dequantize(w, jnp.bfloat16), np.float64) for w in weights]
+        x, weights, factors, dense = layers_of(m, [(n, k) for n in sizes], ranks, seed)
+        rng = np.random.default_rng(seed)
+        biases = (normal(rng, sizes[0]), None, normal(rng, sizes[2]))
+        dy = normal(rng, m, sum(sizes))
+        wide = [0 if b is None else np.asarray(b, np.float64) for b in biases]
+        definition = lambda x, factors: jnp.concatenate([linear(x, dense, factors, i) + wide[i] for i in range(3)], 1)  # noqa: E731
+        return (weights, biases), (x, factors), dy, wide_gradients(definition, (x, factors), dy)
 
-        def definition(x, factors):
-            linear = lambda x, i: x @ dense[i].T + scales[i] * (x @ factors[i][0]) @ factors[i][1]  # noqa: E731
-            return linear(jax.nn.silu(linear(x, 0)) * linear(x, 1), 2)
-
-        return weights, (x, factors), dy, wide_gradients(definition, (x, factors), dy)
-
-    def run(implementation, weights, x, factors):
-        projections = (Projection(w, *ab, s) for w, ab, s in zip(weights, factors, scales, strict=True))
-        return lora_mlp(x, *projections, implementation=implementation)
+    def run(implementation, frozen, x, factors):
+        weights, biases = frozen
+        return jnp.concatenate(lora_matmuls(x, projections(weights, factors, biases), implementation=implementation), 1)
 
     draws = [draw(seed) for seed in draws_of(m)]
     found = {name: errors(functools.partial(run, name), draws) for name in ("xla", "triton")}
     assert np.max(found["triton"] / found["xla"]) < 1.1, found
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "f", "ranks"),
+    [(37, 128, 192, (16, 8, 16)), (3, 64, 128, (4, 20, 1)), (1, 64, 64, (40, 40, 40)), (64, 64, 128, (8, 8, 8))],
+)
+def test_lora_mlp_is_no_worse_than_the_composition(m, k, f, ranks):
+    def draw(seed):
+        x, weights, factors, dense = layers_of(m, ((f, k), (f, k), (k, f)), ranks, seed)
+        dy = normal(np.random.default_rng(seed), m, k)
+
+        def definition(x, factors):
+            h = jax.nn.silu(linear(x, dense, factors, 0)) * linear(x, dense, factors, 1)
+            return linear(h, dense, factors, 2)
+
+        return weights, (x, factors), dy, wide_gradients(definition, (x, factors), dy)
+
+    def run(implementation, weights, x, factors):
+        return lora_mlp(x, *projections(weights, factors), implementation=implementation)
+
+    draws = [draw(seed) for seed in draws_of(m)]
+    found = {name: errors(functools.partial(run, name), draws) for name in ("xla", "triton")}
+    assert np.max(found["triton"] / found["xla"]) < 1.1, found
+
+
+@pytest.mark.parametrize(
+    ("m", "f", "tiles"),
+    [
+        (48, 128, {}),
+        (37, 192, dict(block=16, parts=3)),
+        (3, 48, dict(block=64, cols=16, parts=2)),
+        (1, 64, dict(parts=1)),
+    ],
+)
+def test_backward_of_the_gated_activation(m, f, tiles):
+    """Gates from -30 to 30 too; every form of tiles, also where a part has no rows."""
+    rng = np.random.default_rng(4)
+    gate = jnp.asarray(rng.normal(size=(m, f)) * rng.choice([1, 10], (m, 1)), jnp.bfloat16)
+    up, dh, a = normal(rng, m, f), normal(rng, m, f + 64), normal(rng, f, 32) / 8
+    thin = normal(rng, m, 64)
+    got = jax.jit(functools.partial(triton_mlp.backward, widths=(16, 32), **tiles))(gate, up, dh, thin, a=a)
+    wide = [np.asarray(z, np.float64) for z in (gate, up, dh, thin, a)]
+    gate, up, dh, thin, a = wide
+    dthin, dh = dh[:, f : f + 32], dh[:, :f] + dh[:, f : f + 32] @ a.T
+    sigmoid = 1 / (1 + np.exp(-gate))
+    silu = gate * sigmoid
+    dgate, dup = dh * up * sigmoid * (1 + gate * (1 - sigmoid)), dh * silu
+    want = (np.concatenate([dgate, dup], 1), (silu * up).T @ dthin, dgate.T @ thin[:, :16], dup.T @ thin[:, 16:48])
+    # Every term is rounded to bfloat16 once, by at most 2^-8 of itself.
+    for one, other in zip(got, want, strict=True):
+        assert relative(one, other) < 2**-8
+
+
+def test_the_decoded_weights_are_no_residuals():
+    x, weights, factors, _ = layers_of(8, ((256, 192), (128, 192), (128, 192)), (4, 4, 4), 2)
+
+    def shared(x, factors):
+        return lora_matmuls(x, projections(weights, factors), implementation="triton")
+
+    _, pull = jax.vjp(shared, x, factors)
+    assert max(leaf.size for leaf in jax.tree.leaves(pull) if hasattr(leaf, "size")) == weights[0].packed.size
+    x, weights, factors, _ = layers_of(8, ((256, 128), (256, 128), (128, 256)), (4, 4, 4), 2)
+    _, pull = jax.vjp(
+        lambda x, factors: lora_mlp(x, *projections(weights, factors), implementation="triton"), x, factors
+    )
+    assert max(leaf.size for leaf in jax.tree.leaves(pull) if hasattr(leaf, "size")) == weights[0].packed.size
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(a=None, b=None), "has no adapter"),
+        (dict(bias=jnp.zeros(128)), "has a bias"),
+        (dict(dropout_rate=0.5, dropout_key=jax.random.key(0)), "dropout"),
+        (dict(w=jnp.zeros((128, 64), jnp.bfloat16)), "not NF4"),
+        (dict(a=jnp.zeros((64, 65)), b=jnp.zeros((65, 128))), "rank 65"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_fused_layer_refuses_the_composition_does(changes, reason):
+    x, weights, factors, _ = layers_of(5, ((128, 64), (128, 64), (64, 128)), (4, 4, 4), 2)
+    gate, up, down = projections(weights, factors)
+    up = up._replace(**changes)
+    with pytest.raises(NotImplementedError, match=reason):
+        lora_mlp(x, gate, up, down, implementation="triton")
+    got = lora_mlp(x, gate, up, down)
+    one = functools.partial(lora_matmul, x, implementation="xla")
+    g = one(gate.w, gate.a, gate.b, gate.scale)
+    u = one(up.w, up.a, up.b, up.scale, dropout_rate=up.dropout_rate, dropout_key=up.dropout_key)
+    h = jax.nn.silu(g) * (u if up.bias is None else u + up.bias.astype(u.dtype))
+    np.testing.assert_array_equal(bits(got), bits(lora_matmul(h, down.w, down.a, down.b, down.scale)))
+
+
+def test_refusals_of_lora_matmuls():
+    x, weights, factors, _ = layers_of(5, ((128, 64), (128, 64), (64, 64)), (4, 70, 70), 2)
+    good = projections(weights, factors)
+    refused = functools.partial(lora_matmuls, implementation="triton")
+    with pytest.raises(NotImplementedError, match="no projection has an adapter"):
+        refused(x, [p._replace(a=None, b=None) for p in good])
+    with pytest.raises(NotImplementedError, match=r"ranks \[4, 70, 70\] take 272 columns together, at most 256"):
+        refused(x, good)
+    with pytest.raises(NotImplementedError, match="projection 1: its adapter has dropout"):
+        refused(x, [good[0], good[1]._replace(dropout_rate=0.1, dropout_key=jax.random.key(0))])
+    with pytest.raises(NotImplementedError, match="projection 0: it computes in bfloat16"):
+        refused(x.astype(jnp.float32), good[:2])
+    with pytest.raises(ValueError, match="x has 32 features"):
+        lora_matmuls(x[:, :32], good)
+    with pytest.raises(ValueError, match="both LoRA factors"):
+        lora_matmuls(x, [good[0]._replace(b=None)])
+    with pytest.raises(NotImplementedError, match="silu, not gelu_tanh"), using(lora_mlp="triton"):
+        lora_mlp(x, *good, activation="gelu_tanh")
+
+
+def live_calls(jaxpr, found):
+    """Counts dots by their shapes and kernels by name; what no result needs is left out, as compilers do."""
+    live = {v for v in jaxpr.outvars if not isinstance(v, jax.extend.core.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if not live.intersection(eqn.outvars):
+            continue
+        live.update(v for v in eqn.invars if not isinstance(v, jax.extend.core.Literal))
+        if eqn.primitive.name == "pallas_call":
+            found[eqn.params["name"]] += 1
+        elif eqn.primitive.name == "dot_general":
+            found[tuple(v.aval.shape for v in eqn.invars)] += 1
+        else:
+            for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+                live_calls(inner, found)
+    return found
+
+
+def test_what_a_rematerialised_layer_computes_again():
+    """With its names kept nothing but the norms; without "thin" the passes that make thin products as well."""
+    m, k, f = 48, 128, 192
+    shapes = ((k, k), (64, k), (64, k), (f, k), (f, k), (k, f))
+    weights = [NF4Weight.abstract(shape, True) for shape in shapes]
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    factors = [(f32((k, 16)), f32((16, n))) for n, k in shapes]
+    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+
+    def layer(x, weights, factors):
+        parts = [Projection(w, *ab, 0.5) for w, ab in zip(weights, factors, strict=True)]
+        q, k, v = lora_matmuls(jnp.sin(x), parts[:3], implementation="triton")
+        q, k, v = (checkpoint_name(y, name) for y, name in ((q, "q"), (k, "k"), (v, "v")))
+        x = checkpoint_name(x + jnp.tanh(q) * jnp.concatenate([jnp.sin(k), jnp.cos(v)], 1), "residual")
+        return x + lora_mlp(jnp.sin(x), *parts[3:], implementation="triton")
+
+    def run(names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        kept = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+        def both(x, weights, factors, dy):
+            y, pull = jax.vjp(lambda x, factors: kept(x, weights, factors), x, factors)
+            return y, pull(dy)
+
+        return live_calls(jax.make_jaxpr(both)(x, weights, factors, x).jaxpr, collections.Counter())
+
+    found = run(("q", "k", "v", "residual", "gate", "up", "thin"))
+    # q, k and v are decoded into one matrix, so are gate and up in backward.
+    kernels = dict(nf4_dequantize=7, lora_extend=2, lora_swiglu=1, lora_swiglu_backward=1, lora_add_product=2)
+    assert {name: count for name, count in found.items() if isinstance(name, str)} == kernels
+    large = {
+        shapes: count for shapes, count in found.items() if not isinstance(shapes, str) and min(*sum(shapes, ())) > 32
+    }
+    assert sum(large.values()) == 7 + 2, large  # 4 forward, 3 backward; the gradients of A from x
+    again = run(("q", "k", "v", "residual", "gate", "up"))
+    assert (again["lora_extend"], again["lora_swiglu"], again["nf4_dequantize"]) == (4, 2, 7)

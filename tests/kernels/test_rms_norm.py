@@ -7,30 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.kernels.rms_norm import add_rms_norm, rms_norm
+from lora_jax.kernels.rms_norm import add_rms_norm, branch_rms_norm, rms_norm
 
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
-@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("norm", [rms_norm, add_rms_norm, branch_rms_norm], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 8), (2, 3, 77), (3, 4096)])
-def test_values_and_gradients_against_float64(shape, dtype, plus_one, added, implementation):
+def test_values_and_gradients_against_float64(shape, dtype, plus_one, norm, implementation):
     rng = np.random.default_rng(0)
     x, residual, dout, dtotal = (jnp.asarray(rng.normal(size=shape) * scale, dtype) for scale in (3.0, 3.0, 1.0, 1.0))
     weight = jnp.asarray(rng.normal(size=shape[-1]), dtype)
 
     def f(*args):
-        norm = add_rms_norm if added else rms_norm
         return norm(*args, 1e-5, plus_one=plus_one, implementation=implementation)
 
     def exact(*args):
         *summands, w = args
         x = sum(summands)
         out = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * (w + plus_one)
-        return (x, out) if added else out
+        return out if norm is rms_norm else (x, out)
 
-    inputs, cotangents = ((x, residual, weight), (dtotal, dout)) if added else ((x, weight), dout)
+    inputs = (x, residual, weight) if norm is add_rms_norm else (x, weight)
+    cotangents = dout if norm is rms_norm else (dtotal, dout)
     out, pull = jax.vjp(jax.jit(f), *inputs)
     got = jax.tree.leaves((out, pull(cotangents)))
     with jax.enable_x64(True):

@@ -1,0 +1,482 @@
+"""How much memory and time a training step takes, before anything is loaded; and the fastest plan that fits a GPU.
+
+Memory is counted part by part from the shapes of the model. What the compiler needs for the work on one layer was
+counted in programs it compiled for an H100 and an RTX 4090; tests compile more and hold the sum to 8 %. Seconds are
+operations and bytes over the rates that kernels reach, as they were measured on an H100; other cards are assumed to
+reach the same share of what their makers state, so compare plans by them rather than cards.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_jax.cards import GIB, Card, parse_bytes, this_card
+from lora_jax.remat import ALL, NAMES, PRESETS, RematPlan
+
+if TYPE_CHECKING:
+    from lora_jax.config import SFTConfig
+    from lora_jax.lora import LoraConfig
+    from lora_jax.model import CausalLM
+    from lora_jax.models.decoder import DecoderConfig
+
+__all__ = ["MEMORY_FRACTION", "Memory", "Workload", "budget_of", "choose", "explain", "fits", "largest", "memory"]
+__all__ += ["of_config", "of_step", "refuse_what_cannot_fit", "seconds"]
+
+# JAX takes 3/4 of a GPU unless told otherwise; more than this leaves too little for CUDA itself.
+MEMORY_FRACTION = 0.92
+HOST_MEMORY = 64 * 10**9  # bytes that XLA pins at most, unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says otherwise
+
+# Shares of the stated rates that whole steps reached (H100, Llama-3.1-8B's shape, 2 x 2048 tokens, rank 16).
+_MATMUL, _ATTENTION, _ELEMENTWISE, _COPY, _DECODE = 0.70, 0.45, 0.60, 0.88, 0.60
+
+
+# ---- the step -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One training step in numbers. Bytes are those on the device."""
+
+    config: "DecoderConfig"
+    weights: int  # bytes of everything frozen
+    adapters: int  # bytes of everything trained, in float32
+    optimizer: int  # bytes of the optimizer's state
+    rank: int  # of the adapters
+    batch: int  # rows of a micro-batch
+    length: int  # tokens of a row
+    accumulation: int = 1  # micro-batches of a step
+    itemsize: int = 2  # bytes of an activation
+    nf4: bool = True  # weights are decoded for every use
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.batch * self.length
+
+    def widths(self) -> dict[str, int]:
+        """Features a token has: hidden states, queries, keys (or values), the MLP; and the adapters' products."""
+        c = self.config
+        padded = max(16, _power_of_two(self.rank))  # as kernels/nf4/triton_adapter.py pads ranks
+        thin = _power_of_two(3 * padded) + _power_of_two(2 * padded) + padded
+        heads, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        return {"hidden": c.hidden_size, "q": heads, "k": keys, "mlp": c.intermediate_size, "thin": thin}
+
+    def named_bytes(self) -> dict[str, int]:
+        """Bytes of each named tensor of one layer (lora_jax.remat.NAMES) for one micro-batch."""
+        w = self.widths()
+        features = {"input": w["hidden"], "q": w["q"], "k": w["k"], "v": w["k"], "attention": w["q"]}
+        features |= {"residual": w["hidden"], "gate": w["mlp"], "up": w["mlp"], "thin": w["thin"]}
+        sizes = {name: self.tokens * n * self.itemsize for name, n in features.items()}
+        sizes["attention_lse"] = 4 * self.tokens * self.config.num_heads
+        return {name: sizes[name] for name in NAMES}
+
+    def parameters(self) -> dict[str, int]:
+        """Weights of the linear layers of one layer: of q, k and v together, o, gate, up and down."""
+        w = self.widths()
+        return {
+            "qkv": w["hidden"] * (w["q"] + 2 * w["k"]),
+            "o": w["hidden"] * w["q"],
+            **dict.fromkeys(("gate", "up", "down"), w["hidden"] * w["mlp"]),
+        }
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def of_step(model: "CausalLM", lora: Any, opt_state: Any, frozen: Any, batch: dict[str, Any]) -> Workload:
+    """The step that a model with an adapter takes with these arguments of `train_step`: arrays, or their shapes.
+
+    Of arrays that are sharded over devices the bytes and rows of one device count; the optimizer's state does not
+    where it lies in the host's memory.
+    """
+    import jax
+
+    from lora_jax.kernels.nf4 import NF4Weight
+
+    assert model.lora_config is not None
+    weights = jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, NF4Weight))
+    accumulation, rows, length = _local_shape(batch["input_ids"])
+    return Workload(
+        config=model.config,
+        weights=_bytes(frozen),
+        adapters=_bytes(lora),
+        optimizer=_bytes(opt_state),
+        rank=model.lora_config.r,
+        batch=rows,
+        length=length,
+        accumulation=accumulation,
+        itemsize=model.module.dtype.itemsize,
+        nf4=any(isinstance(leaf, NF4Weight) for leaf in weights),
+    )
+
+
+def of_config(
+    hf_config: dict[str, Any],
+    lora_config: "LoraConfig",
+    batch: int,
+    length: int,
+    *,
+    accumulation: int = 1,
+    load_in_4bit: bool = True,
+    dtype: str | None = None,
+    optim: str = "adamw_torch",
+) -> Workload:
+    """The step of a model of which only config.json is known; arguments as those of `from_pretrained` and `SFTConfig`.
+
+    Raises:
+      ValueError: the architecture, a target module or a setting is not known.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from lora_jax.config import SFTConfig
+    from lora_jax.kernels.nf4 import NF4Weight
+    from lora_jax.lora import adapter_shapes
+    from lora_jax.model import CausalLM
+    from lora_jax.models.decoder import Decoder
+    from lora_jax.models.linear import Linear
+    from lora_jax.models.registry import config_from_hf
+    from lora_jax.optim import make_optimizer
+
+    args = SFTConfig(optim=optim)
+    config = config_from_hf(hf_config)
+    stored = str(dtype or hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")
+    module = Decoder(config, np.dtype(jnp.float32 if stored.endswith("float32") else jnp.bfloat16))
+    for _, stack, part in module.named_modules():
+        if load_in_4bit and stack is not None and isinstance(part, Linear):
+            part.weight.set_value(NF4Weight.abstract(part.weight.get_value().shape, True))
+    model = CausalLM(module, hf_config=hf_config, source=Path())
+    shapes = [(k, lora_config.r, n) for k, n in adapter_shapes(model, lora_config).values()]
+    trained = [(k, r) for k, r, _ in shapes] + [(r, n) for _, r, n in shapes]
+    vocabulary = (config.vocab_size, config.hidden_size)
+    trained += [vocabulary for name in lora_config.modules_to_save if name in ("embed_tokens", "lm_head")]
+    lora = [jax.ShapeDtypeStruct(shape, np.float32) for shape in trained]
+    state = jax.eval_shape(make_optimizer(args, 1)[0].init, lora)
+    return Workload(
+        config=config,
+        weights=_bytes(model.split()[2]),
+        adapters=_bytes(lora),
+        optimizer=0 if args.optim_is_paged else _bytes(state),
+        rank=lora_config.r,
+        batch=batch,
+        length=length,
+        accumulation=accumulation,
+        itemsize=module.dtype.itemsize,
+        nf4=load_in_4bit,
+    )
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of arrays on one device."""
+    import jax
+
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if _memory_kind(leaf) != "pinned_host"]
+    return sum(math.prod(_local_shape(leaf)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _memory_kind(leaf: Any) -> str | None:
+    return getattr(getattr(leaf, "sharding", None), "memory_kind", None)
+
+
+def _local_shape(leaf: Any) -> tuple[int, ...]:
+    sharding = getattr(leaf, "sharding", None)
+    return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+
+# Bytes that the program for a step needs beside what its formula names, counted in compiled programs: in backward,
+# copies of the trained leaves in another layout, [M, F] and [M, D] arrays and decoded weights that live at once.
+_LAYOUTS, _MLP_ARRAYS, _HIDDEN_ARRAYS, _DECODED, _SAVED_MLP = 1.0, 5.0, 6.0, 3.0, -1.0
+_LOSS_HIDDEN_ARRAYS = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of a step by part. Of `loss` and `backward`, which never live at once, the peak has the larger."""
+
+    weights: int
+    adapters: int
+    optimizer: int
+    kept: dict[str, int]  # by name, what the layers keep on the device for backward
+    loss: int  # working set of lm_head and loss
+    backward: int  # gradients, and the working set of one layer
+    host: int  # pinned on the host
+
+    @property
+    def total(self) -> int:
+        """Peak on the device."""
+        return self.weights + self.adapters + self.optimizer + sum(self.kept.values()) + max(self.loss, self.backward)
+
+
+def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
+    """Estimates the bytes of a step.
+
+    Raises:
+      ValueError: the plan is for another number of layers.
+    """
+    groups = plan.resolve(work.config.num_layers)
+    sizes, w, a = work.named_bytes(), work.widths(), work.itemsize
+    kept, host, saved_mlp = dict.fromkeys(sizes, 0), 0, True
+    for count, actions in groups:
+        saved_mlp &= ALL in actions or {"gate", "up"} <= actions.keys()
+        for name, size in sizes.items():
+            action = "save" if ALL in actions else actions.get(name)
+            kept[name] += count * size if action == "save" else 0
+            host += count * size if action == "offload" else 0
+        if ALL in actions:  # the norms' results and the like
+            kept["unnamed"] = kept.get("unnamed", 0) + count * 3 * work.tokens * w["hidden"] * a
+    rows, hidden = work.tokens, work.tokens * w["hidden"] * a
+    backward = work.adapters * (1 + (work.accumulation > 1) + _LAYOUTS + (len(groups) > 1))
+    backward += _MLP_ARRAYS * rows * w["mlp"] * a + _HIDDEN_ARRAYS * hidden
+    backward += _SAVED_MLP * saved_mlp * rows * w["mlp"] * a
+    backward += _DECODED * w["hidden"] * w["mlp"] * a
+    return Memory(
+        weights=work.weights,
+        adapters=work.adapters,
+        optimizer=work.optimizer,
+        kept={name: size for name, size in kept.items() if size},
+        loss=int(_loss_bytes(work, card) + work.adapters * _LAYOUTS + _LOSS_HIDDEN_ARRAYS * hidden),
+        backward=int(backward),
+        host=host,
+    )
+
+
+def _loss_bytes(work: Workload, card: Card) -> int:
+    """Logits of one chunk of rows, and their gradient where it does not lie in the same place."""
+    from lora_jax.kernels.loss.linear_cross_entropy import chunk_rows
+
+    size = 2 if card.hopper and work.itemsize == 2 else 4
+    rows = min(chunk_rows(work.config.vocab_size, size), work.tokens)
+    return rows * work.config.vocab_size * (size if size == 2 else size + work.itemsize)
+
+
+# ---- time ---------------------------------------------------------------------------------------------------------
+
+# What backward computes again where it is not kept: names that come out of one operation, which are worth keeping only
+# together, and the operation.
+_BUNDLES = {
+    ("q", "k", "v"): "qkv",
+    ("attention", "attention_lse"): "attention",
+    ("residual",): "o",
+    ("gate",): "gate",
+    ("up",): "up",
+}
+
+
+def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
+    """Estimates the seconds of a step by part: "forward", "backward", "recomputation", "copies", "head", "optimizer".
+
+    "copies" are kept tensors on their way into and out of the arrays that hold those of all layers, and to and from
+    the host; they overlap with nothing. Raises ValueError if the plan is for another number of layers.
+    """
+    c, w, m, a = work.config, work.widths(), work.tokens, work.itemsize
+    cost = {name: _matmul_seconds(work, card, n) for name, n in work.parameters().items()}
+    cost["attention"] = _attention_seconds(work, card)
+    # Bytes of norms, rotations, activation, residual additions and adapters, read and written, forward.
+    light = m * a * (11 * w["hidden"] + 4 * w["q"] + 2 * w["k"] + 3 * w["mlp"]) / (_ELEMENTWISE * card.bandwidth * 1e9)
+    forward = sum(cost.values()) + light
+    # Of the adapters alone dA and dB: two passes over inputs and gradients of all linear layers.
+    adapters = m * a * (4 * w["hidden"] + 2 * w["q"] + 2 * w["k"] + 3 * w["mlp"])
+    backward = sum(cost.values()) + 1.5 * cost["attention"] + 1.75 * light
+    backward += adapters / (_ELEMENTWISE * card.bandwidth * 1e9)
+    again, copies, sizes = 0.0, 0.0, work.named_bytes()
+    for count, actions in plan.resolve(c.num_layers):
+        if ALL in actions:
+            copies += count * 2 * sum(sizes.values()) / (_COPY * card.bandwidth * 1e9)
+            continue
+        missing = [op for names, op in _BUNDLES.items() if not all(name in actions for name in names)]
+        again += count * (sum(cost[op] for op in missing) + light * (0.3 + 0.1 * len(missing)))
+        for name, action in actions.items():
+            rate = _COPY * card.bandwidth if action == "save" else card.host_bandwidth
+            copies += count * 2 * sizes[name] / (rate * 1e9)
+    layers = c.num_layers
+    head = 4 * m * c.vocab_size * c.hidden_size / (_MATMUL * card.tflops * 1e12)
+    micro = {"forward": layers * forward, "backward": layers * backward, "recomputation": again, "copies": copies}
+    parts = {name: work.accumulation * value for name, value in {**micro, "head": head}.items()}
+    return {**parts, "optimizer": 7 * work.adapters / (_COPY * card.bandwidth * 1e9)}
+
+
+def _matmul_seconds(work: Workload, card: Card, parameters: int) -> float:
+    """One use of a weight: the matmul, and decoding it (0.56 bytes read and 2 written a weight)."""
+    flops = 2 * work.tokens * parameters / (_MATMUL * card.tflops * 1e12)
+    decode = 2.56 / _DECODE + 2 * 0.56 / _COPY  # it is copied out of its stack first
+    return flops + work.nf4 * parameters * decode / (card.bandwidth * 1e9)
+
+
+def _attention_seconds(work: Workload, card: Card) -> float:
+    """Causal attention forward: 4 operations for every query, feature and key that it sees."""
+    c = work.config
+    keys = sum(_mean_keys(work.length, window) for window in c.windows) / c.num_layers
+    return 4 * work.tokens * keys * c.num_heads * c.head_dim / (_ATTENTION * card.tflops * 1e12)
+
+
+def _mean_keys(length: int, window: int | None) -> float:
+    """Keys that a query of a causal row sees, on average."""
+    if window is None or window >= length:
+        return length / 2
+    return window - window * window / (2 * length)
+
+
+# ---- the choice ---------------------------------------------------------------------------------------------------
+
+
+def budget_of(memory_budget: str | int | None) -> int:
+    """Bytes that a step may take: what the user says, or what JAX may take of this device, less 3 % lost in gaps.
+
+    Raises:
+      ValueError: the device does not say how much memory it has, or the budget is no amount of memory.
+    """
+    if memory_budget is not None:
+        return parse_bytes(memory_budget)
+    if limit := this_card().memory:
+        return int(0.97 * limit)
+    import jax
+
+    raise ValueError(
+        f'remat="auto" fits the step into the memory of the device, and {jax.local_devices()[0]} does not say how much '
+        'it has. Give memory_budget="8GB", say, or a preset.'
+    )
+
+
+def fits(need: Memory, budget: int) -> bool:
+    """Whether a step fits into `budget` bytes of the device, and its offloaded tensors into the host's memory."""
+    return need.total <= budget and need.host <= HOST_MEMORY
+
+
+def choose(work: Workload, card: Card, budget: int) -> RematPlan:
+    """The fastest plan that needs at most `budget` bytes.
+
+    Greedy: from recomputing everything, what saves most seconds for its bytes is kept for as many layers as fit, then
+    the next. If recomputing everything does not fit, the inputs of as few layers as possible go to the host.
+
+    Raises:
+      MemoryError: no plan fits; the message names a batch and a length that do.
+    """
+    layers = work.config.num_layers
+
+    def ok(plan: RematPlan) -> bool:
+        return fits(memory(work, plan, card), budget)
+
+    kept: dict[str, str] = {"thin": "save"}
+    if not ok(PRESETS["full"]):
+        offloaded = _first(range(1, layers + 1), lambda n: ok(_split(n, {**kept, "input": "offload"}, kept, layers)))
+        if offloaded is None:
+            raise MemoryError(explain(work, card, budget))
+        return _split(offloaded, {**kept, "input": "offload"}, kept, layers)
+    for names in sorted(_BUNDLES, key=lambda names: -_worth(work, card, names)):
+        more = {**kept, **dict.fromkeys(names, "save")}
+        if _worth(work, card, names) <= 0:
+            break
+        count = _first(range(layers, 0, -1), lambda n, more=more, kept=kept: ok(_split(n, more, kept, layers)))
+        if count != layers:
+            return _split(count or 0, more, kept, layers)
+        kept = more
+    return _split(layers, kept, kept, layers)
+
+
+def _split(count: int, first: dict[str, str], rest: dict[str, str], layers: int) -> RematPlan:
+    groups = [(count, tuple(first.items())), (layers - count, tuple(rest.items()))]
+    groups = [group for group in groups if group[0]]
+    return RematPlan(((None, groups[0][1]),) if len(groups) == 1 else tuple(groups))
+
+
+def _first(numbers: Iterable[int], condition: Callable[[int], bool]) -> int | None:
+    return next((n for n in numbers if condition(n)), None)
+
+
+def _worth(work: Workload, card: Card, names: tuple[str, ...]) -> float:
+    """Seconds saved for each byte kept."""
+    total = {kind: sum(seconds(work, _keeping(extra), card).values()) for kind, extra in ((0, ()), (1, names))}
+    size = sum(work.named_bytes()[name] for name in names)
+    return (total[0] - total[1]) / (work.config.num_layers * size)
+
+
+def _keeping(names: Iterable[str]) -> RematPlan:
+    return RematPlan(((None, tuple((name, "save") for name in ("thin", *names))),))
+
+
+def least(work: Workload, card: Card) -> RematPlan:
+    """The plan that needs least memory on the device."""
+    return min((PRESETS["full"], PRESETS["offload"]), key=lambda plan: memory(work, plan, card).total)
+
+
+def largest(work: Workload, card: Card, budget: int, plan: RematPlan | None, field: str, step: int = 1) -> int:
+    """The largest "batch" or "length", a multiple of `step`, that fits with a plan (None: with some); 0 if none."""
+
+    def ok(n: int) -> bool:
+        return _fits(dataclasses.replace(work, **{field: n * step}), card, budget, plan)
+
+    if not ok(1):
+        return 0
+    high = 2
+    while ok(high) and high * step < 2**24:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if ok(middle) else (low, middle)
+    return low * step
+
+
+def _fits(work: Workload, card: Card, budget: int, plan: RematPlan | None) -> bool:
+    plans = (PRESETS["full"], PRESETS["offload"]) if plan is None else (plan,)
+    return any(fits(memory(work, one, card), budget) for one in plans)
+
+
+def explain(work: Workload, card: Card, budget: int, plan: RematPlan | None = None) -> str:
+    """Why a step does not fit and what would: with another plan, fewer rows, or shorter ones."""
+    need = memory(work, plan or least(work, card), card)
+    how = "with any rematerialisation" if plan is None else f"with remat={str(plan)!r}"
+    text = (
+        f"{work.batch} rows of {work.length} tokens need about {need.total / GIB:.1f} GiB {how}, and "
+        f"{budget / GIB:.1f} GiB are there ({need.weights / GIB:.1f} GiB of weights, "
+        f"{(need.adapters + need.optimizer) / GIB:.1f} of adapters and optimizer)."
+    )
+    if plan is not None and _fits(work, card, budget, None):
+        return f'{text} With remat="auto" they fit.'
+    if rows := largest(work, card, budget, plan, "batch"):
+        return f"{text} {rows} rows of this length fit."
+    one = dataclasses.replace(work, batch=1)
+    if length := largest(one, card, budget, plan, "length", 64):
+        return f"{text} One row of {length} tokens fits."
+    if work.nf4:
+        return f"{text} Not even one short row fits: take a smaller model or a larger GPU."
+    return f"{text} Not even one short row fits: load_in_4bit=True needs about a quarter of the memory for weights."
+
+
+def refuse_what_cannot_fit(
+    hf_config: dict[str, Any], lora_config: "LoraConfig", args: "SFTConfig", *, load_in_4bit: bool, dtype: str | None
+) -> None:
+    """Raises MemoryError if a run cannot fit this device, before its weights are loaded.
+
+    Rows are known only later, unless they are packed: what is asked here is whether even short ones could fit. Nothing
+    is refused for the 10 % by which the estimate may be too high.
+
+    Raises:
+      MemoryError: it cannot fit; says what would.
+      ValueError: gradient_checkpointing="auto" on a device that does not say how much memory it has.
+    """
+    try:
+        budget = budget_of(args.memory_budget)
+    except ValueError:
+        if args.remat == "auto":
+            raise
+        return
+    work = of_config(
+        hf_config,
+        lora_config,
+        args.per_device_train_batch_size,
+        args.max_length if args.packing and args.max_length else 64,
+        accumulation=args.gradient_accumulation_steps,
+        load_in_4bit=load_in_4bit,
+        dtype=dtype,
+        optim=args.optim,
+    )
+    plan, card = None if args.remat == "auto" else RematPlan.of(args.remat), this_card()
+    if not _fits(work, card, int(1.1 * budget), plan):
+        raise MemoryError(explain(work, card, budget, plan))

@@ -1,0 +1,125 @@
+"""Compiles whole training steps for a GPU that is not there and compares the planner: `python plan_for_gpu.py sm_90`.
+
+Needs what compile_for_gpu.py needs (see there), whose cards these are. Prints one line of JSON for each case: bytes of
+arguments and temporary arrays by the compiler's count and by the planner's estimate, and how often the forward kernel
+of attention stands in the program.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lora_jax import CausalLM, LoraConfig, SFTConfig, make_train_step, plan
+from lora_jax.cards import card_of
+from lora_jax.kernels import dispatch
+from lora_jax.kernels.nf4 import NF4Weight
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.linear import Linear
+from lora_jax.models.registry import config_from_hf
+from lora_jax.optim import make_optimizer
+from lora_jax.remat import NAMES, RematPlan
+from lora_jax.tools.bench_step import SHAPES
+from tests.kernels.compile_for_gpu import target
+
+CARDS = {"sm_80": "A100 80GB", "sm_86": "RTX 3090", "sm_89": "RTX 4090", "sm_90": "H100"}
+KEPT = dict.fromkeys(NAMES, "save")
+MIXED = RematPlan(((6, {**KEPT, "input": "offload"}), (None, {"gate": "save", "thin": "save"})))
+LLAMA2_13B = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
+                  num_key_value_heads=40, vocab_size=32000, max_position_embeddings=4096)  # fmt: skip
+LLAMA3_70B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+                  num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072)  # fmt: skip
+ONE, EIGHT = SHAPES["llama3.2-1b"], SHAPES["llama3.1-8b"]
+# name: shape, rank, micro-batches, rows, tokens, plan
+CASES: dict[str, tuple[dict[str, Any], int, int, int, int, str | RematPlan]] = {
+    "1b-full": (ONE, 16, 1, 2, 2048, "full"),
+    "1b-short": (ONE, 16, 1, 1, 1024, "full"),
+    "1b-long": (ONE, 16, 1, 1, 32768, "full"),
+    "1b-mixed": (ONE, 16, 1, 2, 2048, MIXED),
+    "1b-r64": (ONE, 64, 1, 2, 2048, "full"),
+    "8b-full": (EIGHT, 16, 1, 2, 2048, "full"),
+    "8b-selective": (EIGHT, 16, 1, 2, 2048, "selective"),
+    "8b-offload": (EIGHT, 16, 1, 2, 2048, "offload"),
+    "8b-none": (EIGHT, 16, 1, 2, 2048, "none"),
+    "8b-mixed": (EIGHT, 16, 1, 2, 2048, RematPlan(((8, KEPT), (None, {"gate": "save", "thin": "save"})))),
+    "8b-accumulate": (EIGHT, 16, 4, 2, 2048, "full"),
+    "8b-r64": (EIGHT, 64, 1, 2, 2048, "full"),
+    "8b-r128": (EIGHT, 128, 1, 2, 2048, "selective"),
+    "8b-short": (EIGHT, 8, 1, 1, 512, "full"),
+    "8b-8k": (EIGHT, 16, 1, 1, 8192, "full"),
+    "8b-8k-selective": (EIGHT, 16, 1, 1, 8192, "selective"),
+    "8b-16k": (EIGHT, 16, 1, 1, 16384, "full"),
+    "8b-32k": (EIGHT, 16, 1, 1, 32768, "offload"),
+    "13b-full": (LLAMA2_13B, 16, 1, 1, 2048, "full"),
+    "13b-4k": (LLAMA2_13B, 16, 1, 2, 4096, "full"),
+    "13b-selective": (LLAMA2_13B, 16, 1, 1, 2048, "selective"),
+    "70b-short": (LLAMA3_70B, 16, 1, 1, 512, "full"),
+    "70b-offload": (LLAMA3_70B, 16, 1, 1, 4096, "offload"),
+}
+
+
+def abstract_model(hf: dict[str, Any], rank: int) -> CausalLM:
+    """A QLoRA model with shapes in place of arrays."""
+    module = Decoder(config_from_hf(hf), jnp.bfloat16)
+    for _, stack, part in module.named_modules():
+        if stack is None or not isinstance(part, Linear):
+            continue
+        n, k = part.features
+        part.weight.set_value(NF4Weight.abstract((stack.count, n, k), True))
+        part.lora_a = nnx.LoRAParam(jax.ShapeDtypeStruct((stack.count, k, rank), jnp.float32))
+        part.lora_b = nnx.LoRAParam(jax.ShapeDtypeStruct((stack.count, rank, n), jnp.float32))
+    model = CausalLM(module, hf_config=hf, source=Path())
+    model.lora_config = LoraConfig(r=rank)
+    return model
+
+
+def compare(capability: str, name: str) -> dict[str, Any]:
+    """Compiles one case and estimates it."""
+    shape, rank, accumulation, rows, length, remat = CASES[name]
+    hf = {"architectures": ["LlamaForCausalLM"], **shape}
+    model, start = abstract_model(hf, rank), time.perf_counter()
+    optimizer, _ = make_optimizer(SFTConfig(), 1000)
+    step: Any = make_train_step(model, optimizer, remat=remat)
+    _, lora, frozen = model.split()
+    ids = jax.ShapeDtypeStruct((accumulation, rows, length), jnp.int32)
+    arguments = (lora, jax.eval_shape(optimizer.init, lora), frozen, {"input_ids": ids, "labels": ids})
+    sharding, mesh = target(capability)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    with jax.sharding.use_abstract_mesh(mesh):
+        compiled = step.trace(*arguments).lower().compile()
+    stats, text = compiled.memory_analysis(), compiled.as_text()
+    work = plan.of_config(hf, LoraConfig(r=rank), rows, length, accumulation=accumulation)
+    need = plan.memory(work, RematPlan.of(remat), card_of(CARDS[capability]))
+    calls = [line for line in text.splitlines() if "custom-call(" in line and "attention_forward" in line]
+    return {
+        "case": name,
+        "capability": capability,
+        "compiled": stats.argument_size_in_bytes + stats.temp_size_in_bytes,
+        "estimate": need.total,
+        "host": stats.host_temp_size_in_bytes,
+        "host_estimate": need.host,
+        "attention_forward": len(calls),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def main() -> None:
+    """Compares the cases named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capability", choices=CARDS)
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []])
+    args = parser.parse_args()
+    # This process has no device, and compiles for one.
+    dispatch.default_platform = lambda: "gpu"
+    dispatch.compute_capability = lambda: ".".join(args.capability.removeprefix("sm_"))
+    for name in args.cases or CASES:
+        print(json.dumps(compare(args.capability, name)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,424 @@
+"""The planner: its bytes are those of arrays and programs, its choice fits, its errors say what would."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lora_jax import LoraConfig, SFTConfig, SFTTrainer, cli, get_peft_model, plan
+from lora_jax import step as step_module
+from lora_jax.cards import CARDS, GIB, card_of, parse_bytes
+from lora_jax.kernels import dispatch
+from lora_jax.optim import make_optimizer
+from lora_jax.plan import Workload, memory, seconds
+from lora_jax.remat import NAMES, PRESETS, RematPlan
+from lora_jax.step import PlannedStep, make_train_step, sum_of_losses
+from lora_jax.tools.bench_step import SHAPES
+from tests import tiny
+
+H100 = card_of("H100")
+LLAMA_8B = {"architectures": ["LlamaForCausalLM"], **SHAPES["llama3.1-8b"]}
+
+
+def eight_b(batch=2, length=2048, **changes) -> Workload:
+    return plan.of_config(LLAMA_8B, LoraConfig(), batch, length, **changes)
+
+
+# ---- cards --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "gib"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100", 80),
+        ("h100", "H100", 80),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB", 80),
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB", 40),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090", 24),
+        ("rtx4090", "RTX 4090", 24),
+        ("4060 ti", "RTX 4060 Ti", 16),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada", 48),
+        ("NVIDIA L40S", "L40S", 48),
+        ("NVIDIA L4", "L4", 24),
+        ("24GB", "24 GB (as fast as RTX 4090)", 24),
+        ("20 GiB", "20 GB (as fast as RTX 4090)", 20),
+    ],
+)
+def test_cards_by_name_and_size(text, name, gib):
+    card = card_of(text)
+    assert (card.name, card.memory) == (name, gib * GIB)
+
+
+def test_an_unknown_card():
+    with pytest.raises(ValueError, match="gpu: 'TPU v5' is no size such as 24GB and none of the cards .* RTX 4090"):
+        card_of("TPU v5")
+
+
+@pytest.mark.parametrize(("text", "want"), [("24GB", 24 << 30), ("1.5 gib", 3 << 29), ("800MiB", 800 << 20), (7, 7)])
+def test_amounts_of_memory(text, want):
+    assert parse_bytes(text) == want
+
+
+@pytest.mark.parametrize("text", ["much", "-3GB", "3 bananas", True])
+def test_what_is_no_amount_of_memory(text):
+    with pytest.raises(ValueError, match="wanted bytes, or a number with a unit"):
+        parse_bytes(text)
+
+
+# ---- bytes of arrays ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nf4", [None, "nf4-double"])
+def test_weights_adapters_and_optimizer_are_counted_exactly(nf4, tmp_path):
+    hf = tiny.config(num_hidden_layers=3, torch_dtype="bfloat16")
+    folder = tiny.write_folder(tmp_path / "model", hf, tokenizer=False)
+    config = LoraConfig(r=5, target_modules=("q_proj", "down_proj"), modules_to_save=("lm_head",))
+    model = get_peft_model(tiny.open_model(folder, nf4, jnp.bfloat16), config, verbose=False)
+    optimizer, _ = make_optimizer(SFTConfig(), 10)
+    _, lora, frozen = model.split()
+    state = optimizer.init(lora)
+    batch = {"input_ids": jnp.zeros((2, 3, 64), jnp.int32)}
+    real = plan.of_step(model, lora, state, frozen, batch)
+    planned = plan.of_config(hf, config, 3, 64, accumulation=2, load_in_4bit=nf4 is not None)
+    assert real == planned
+    assert real.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))
+    assert real.adapters == sum(leaf.nbytes for leaf in jax.tree.leaves(lora))
+    assert real.optimizer == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert (real.batch, real.length, real.accumulation, real.itemsize, real.nf4) == (3, 64, 2, 2, nf4 is not None)
+
+
+def test_bytes_of_named_tensors_are_those_of_the_program(tmp_path):
+    """As the kernels for GPUs name them; nothing runs here."""
+    hf = tiny.config(hidden_size=128, intermediate_size=192, torch_dtype="bfloat16")
+    folder = tiny.write_folder(tmp_path / "model", hf, tokenizer=False)
+    model = get_peft_model(tiny.open_model(folder, "nf4-double", jnp.bfloat16), r=12, verbose=False)
+    graph, lora, frozen = model.split()
+    ids = jnp.asarray(tiny.ids(2, 64))
+    batch = {"input_ids": ids, "labels": ids}
+
+    def loss(lora):
+        return sum_of_losses(graph, lora, frozen, batch)[0]
+
+    with dispatch.using(flash_attention="triton", lora_matmuls="triton", lora_mlp="triton", lora_matmul="triton"):
+        program = jax.make_jaxpr(jax.grad(loss))(lora).jaxpr
+    found = dict.fromkeys(NAMES, 0)
+    for eqn in equations(program):
+        if eqn.primitive.name == "name":
+            aval: Any = eqn.outvars[0].aval
+            found[eqn.params["name"]] += aval.size * aval.dtype.itemsize
+    want = plan.of_config(hf, LoraConfig(r=12), 2, 64).named_bytes()
+    assert found == want
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_what_a_plan_changes_in_memory():
+    work = eight_b()
+    full, selective, offload, everything = (
+        memory(work, PRESETS[name], H100) for name in ("full", "selective", "offload", "none")
+    )
+    layer_input = 2 * 2048 * 4096 * 2
+    assert full.kept["input"] == 32 * layer_input
+    assert (offload.host, offload.kept.get("input")) == (32 * layer_input, None)
+    assert full.total - offload.total == 32 * layer_input
+    assert selective.kept["gate"] == 32 * 2 * 2048 * 14336 * 2
+    assert offload.total < full.total < selective.total < everything.total
+    some = memory(work, RematPlan(((8, {"gate": "save"}), (None, {}))), H100)
+    assert some.kept["gate"] == selective.kept["gate"] // 4
+    assert memory(eight_b(accumulation=4), PRESETS["full"], H100).total - full.total == work.adapters
+
+
+def test_optimizers_with_a_small_state():
+    states = {optim: eight_b(optim=optim).optimizer for optim in ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")}
+    assert states["adamw_torch"] == pytest.approx(2 * eight_b().adapters, rel=1e-4)  # two moments in float32
+    assert 0.25 < states["adamw_8bit"] / states["adamw_torch"] < 0.27  # a byte an element, and scales
+    assert states["paged_adamw_8bit"] == 0
+
+
+# ---- seconds ------------------------------------------------------------------------------------------------------
+
+
+def test_seconds_are_near_those_measured_on_an_h100():
+    """348 and 286 ms for 2 x 2048 tokens; the rates were chosen by these two numbers, so they are held to 5 %."""
+    for preset, measured in (("full", 0.348), ("selective", 0.286)):
+        assert sum(seconds(eight_b(), PRESETS[preset], H100).values()) == pytest.approx(measured, rel=0.05)
+
+
+def test_what_makes_a_step_longer():
+    def total(work, preset="full", card=H100):
+        return sum(seconds(work, PRESETS[preset], card).values())
+
+    assert total(eight_b(), "none") < total(eight_b(), "selective") < total(eight_b()) < total(eight_b(), "offload")
+    assert total(eight_b(accumulation=4)) == pytest.approx(4 * total(eight_b()), rel=0.01)  # but for the optimizer
+    assert total(eight_b(4)) < 2 * total(eight_b())  # weights are decoded once
+    assert total(eight_b(1, 8192)) > total(eight_b(4, 2048))  # attention
+    assert total(eight_b(load_in_4bit=False)) < total(eight_b())
+    assert total(eight_b(), card=card_of("RTX 3090")) > 5 * total(eight_b())
+    windowed = dataclasses.replace(eight_b(1, 8192).config, windows=(1024,) * 32)
+    assert total(dataclasses.replace(eight_b(1, 8192), config=windowed)) < total(eight_b(1, 8192))
+
+
+# ---- the choice ---------------------------------------------------------------------------------------------------
+
+
+def test_more_memory_never_makes_the_choice_slower():
+    work, last = eight_b(), math.inf
+    kinds = set()
+    for tenths in range(75, 200):
+        budget = int(tenths / 10 * GIB)
+        chosen = plan.choose(work, H100, budget)
+        assert memory(work, chosen, H100).total <= budget
+        now = sum(seconds(work, chosen, H100).values())
+        assert now <= last * (1 + 1e-9)
+        assert len(chosen.groups) <= 2
+        kinds.add(str(chosen))
+        last = now
+    assert {"full", "selective"} <= kinds
+    assert len(kinds) > 50  # by so many layers at a time
+    assert plan.choose(work, H100, 80 * GIB) == PRESETS["selective"]
+    # In between, the choice is faster than the best preset that fits.
+    assert sum(seconds(work, plan.choose(work, H100, 16 * GIB), H100).values()) < 0.9 * sum(
+        seconds(work, PRESETS["full"], H100).values()
+    )
+
+
+def test_inputs_go_to_the_host_for_as_few_layers_as_possible():
+    work = eight_b()
+    full, offload = (memory(work, PRESETS[name], H100).total for name in ("full", "offload"))
+    chosen = plan.choose(work, H100, (full + offload) // 2)
+    (count, actions), (_, rest) = chosen.resolve(32)
+    assert actions["input"] == "offload"
+    assert rest["input"] == "save"
+    one_less = RematPlan(((count - 1, actions), (None, rest)))
+    assert memory(work, one_less, H100).total > (full + offload) // 2
+    assert plan.choose(work, H100, offload) == PRESETS["offload"]
+
+
+def test_what_does_not_fit_says_what_would():
+    work = eight_b(batch=16)
+    need = memory(work, PRESETS["offload"], H100).total
+    with pytest.raises(MemoryError, match=r"16 rows of 2048 tokens need about .* 11.0 GiB are there") as error:
+        plan.choose(work, H100, 11 * GIB)
+    assert need > 11 * GIB
+    rows = int(str(error.value).partition(" rows of this length fit")[0].rpartition(" ")[2])
+    plan.choose(eight_b(batch=rows), H100, 11 * GIB)
+    with pytest.raises(MemoryError):
+        plan.choose(eight_b(batch=rows + 1), H100, 11 * GIB)
+    with pytest.raises(MemoryError, match="One row of [0-9]+ tokens fits") as error:
+        plan.choose(eight_b(1, 65536), H100, 8 * GIB)
+    length = int(str(error.value).partition(" tokens fits")[0].rpartition(" ")[2])
+    plan.choose(eight_b(1, length), H100, 8 * GIB)
+    with pytest.raises(MemoryError):
+        plan.choose(eight_b(1, length + 64), H100, 8 * GIB)
+    with pytest.raises(MemoryError, match="take a smaller model or a larger GPU"):
+        plan.choose(work, H100, 5 * GIB)
+    with pytest.raises(MemoryError, match="load_in_4bit=True needs about a quarter"):
+        plan.choose(eight_b(load_in_4bit=False), H100, 12 * GIB)
+    assert 'With remat="auto" they fit' in plan.explain(eight_b(), H100, 12 * GIB, PRESETS["selective"])
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_every_card_gets_a_plan_for_a_small_model(card):
+    small = plan.of_config({"architectures": ["LlamaForCausalLM"], **SHAPES["llama3.2-1b"]}, LoraConfig(), 1, 512)
+    assert memory(small, plan.choose(small, card, card.memory), card).total <= card.memory
+
+
+# ---- the step -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tiny.write_folder(tmp_path_factory.mktemp("tiny") / "model", tiny.config(num_hidden_layers=3))
+    return tiny.randomize_adapter(get_peft_model(tiny.open_model(folder), r=4, verbose=False), scale=0.05)
+
+
+def test_a_planned_step_is_the_step_of_its_plan(model):
+    optimizer = optax.sgd(1.0)
+    ids = jnp.asarray(tiny.ids(2, 24))[None]
+    results = []
+    planned = make_train_step(model, optimizer, remat="auto", memory_budget="1GB")
+    for make in (lambda: planned, lambda: make_train_step(model, optimizer, remat=planned.plans[ids.shape])):
+        _, lora, frozen = model.split()
+        lora = jax.tree.map(jnp.copy, lora)
+        results.append(make()(lora, optimizer.init(lora), frozen, {"input_ids": ids, "labels": ids}))
+    assert list(planned.plans) == [ids.shape]
+    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
+        assert np.array_equal(x, y)
+
+
+def test_a_planned_step_steps_down_where_the_compiler_needs_more(model, monkeypatch):
+    """The compiler's count for the first plan is made too high by most of what that plan keeps beyond the least."""
+    optimizer = optax.sgd(1.0)
+    ids = jnp.asarray(tiny.ids(2, 24))[None]
+    _, lora, frozen = model.split()
+    arguments = (lora, optimizer.init(lora), frozen, {"input_ids": ids, "labels": ids})
+    work, card = plan.of_step(model, *arguments), step_module.this_card()
+    best = plan.choose(work, card, GIB)
+    most, least = (memory(work, one, card).total for one in (best, PRESETS["full"]))
+    assert most > least
+    counts = iter([int(most + 0.8 * (most - least)), most])
+    monkeypatch.setattr(step_module, "bytes_held", lambda compiled: next(counts))
+    step = PlannedStep(model, optimizer, most)
+    step.compile(*arguments)
+    need = memory(work, step.plans[ids.shape], card).total
+    assert need <= least + 0.21 * (most - least)
+    counts = iter([2 * most])
+    with pytest.raises(MemoryError, match="The compiler counted .* too much for remat="):
+        PlannedStep(model, optimizer, most).compile(*arguments)
+
+
+def test_auto_needs_to_know_the_memory(model):
+    if jax.local_devices()[0].memory_stats():
+        pytest.skip("this device says how much memory it has")
+    with pytest.raises(ValueError, match='memory_budget="8GB"'):
+        make_train_step(model, optax.sgd(1.0), remat="auto")
+    with pytest.raises(ValueError, match='is for remat="auto"'):
+        make_train_step(model, optax.sgd(1.0), remat="full", memory_budget="8GB")
+    with pytest.raises(ValueError, match="memory_budget='8GB' does nothing"):
+        SFTConfig(memory_budget="8GB")
+
+
+def test_the_trainer_plans(model, tmp_path, capsys):
+    rows = [{"input_ids": tiny.ids(1, 20, seed=i)[0].tolist()} for i in range(2)]
+    args = SFTConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_checkpointing="auto",
+        memory_budget="1GB",
+        save_strategy="no",
+    )
+    output = SFTTrainer(model, args, train_dataset=rows).train()
+    assert output.global_step == 1
+    assert "Rematerialisation chosen for them: all layers: save input" in capsys.readouterr().err
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_only(tmp_path) -> Path:
+    """A folder that holds a config.json and nothing else."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    return folder
+
+
+def run(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["lora-jax", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return 0 if end.code is None else int(end.code)
+    return 0
+
+
+def test_plan_prints_memory_time_and_limits(config_only, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run(monkeypatch, "plan", config_only, "--gpu", "12GB", "--batch", 2, "--seq", 2048, "--rank", 16) == 0
+    shown = capsys.readouterr().out
+    work, card = eight_b(), card_of("12GB")
+    chosen = plan.choose(work, card, int(plan.MEMORY_FRACTION * card.memory))
+    assert f"remat=auto: {chosen}" in shown
+    assert f"{memory(work, chosen, card).total / GIB:.2f}" in shown
+    for word in ("weights", "adapters", "optimizer", "input", "gate", "peak", "tokens/s", "none", "offload"):
+        assert word in shown
+    assert "rows of 2048 tokens fit, or 2 of" in shown
+    assert "XLA_CLIENT_MEM_FRACTION" in shown
+    assert run(monkeypatch, "plan", config_only, "--gpu", "H100", "--remat", "full", "--16bit") == 0
+    assert f"{memory(eight_b(load_in_4bit=False), PRESETS['full'], H100).total / GIB:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--gpu", "12GB", "--batch", "64"), "rows of this length fit"),
+        (("--gpu", "12GB", "--remat", "selective"), 'With remat="auto" they fit'),
+        (("--gpu", "6GB"), "take a smaller model or a larger GPU"),
+        (("--gpu", "TPU"), "none of the cards"),
+        (("--gpu", "24GB", "--remat", "most"), "remat='most' is unknown"),
+        (("--gpu", "24GB", "--target-modules", "q_prj"), "q_prj"),
+        (("--gpu", "24GB", "--optim", "sgd"), "adamw_8bit"),
+    ],
+)
+def test_plan_refuses(arguments, said, config_only, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run(monkeypatch, "plan", config_only, *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_train_refuses_what_cannot_fit_before_it_loads(config_only, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "one"}\n')
+    settings = tmp_path / "run.yaml"
+    settings.write_text("gradient_checkpointing: auto\nmemory_budget: 5GB\n")
+    assert run(monkeypatch, "train", config_only, "--data", data, "--config", settings, "-o", tmp_path / "run") == 2
+    assert "take a smaller model or a larger GPU" in capsys.readouterr().err  # the folder holds no weights to load
+
+
+# ---- against the compiler -----------------------------------------------------------------------------------------
+
+CUDA = Path(__file__).resolve().parents[1] / ".cuda"
+
+
+def test_estimates_are_within_8_percent_of_the_compiler():
+    """Whole steps compiled for two GPUs that need not be there; tests/plan_for_gpu.py has more of them."""
+    if not (CUDA / "jax_cuda13_plugin").is_dir():
+        pytest.skip("the CUDA compiler is not in .cuda: `make cuda-compiler` puts it there (265 MB)")
+    plugin = next(CUDA.glob("jax_cuda13_plugin-*.dist-info")).name
+    if f"-{metadata.version('jax')}." not in plugin:
+        pytest.skip(f"the CUDA compiler in .cuda is of another version than jax: {plugin}")
+    script = Path(__file__).with_name("plan_for_gpu.py")
+    results = []
+    for capability, case in (("sm_90", "8b-selective"), ("sm_89", "1b-mixed")):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-W",
+                "ignore:The Pallas Triton backend:DeprecationWarning",
+                str(script),
+                capability,
+                case,
+            ],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results += [json.loads(line) for line in done.stdout.splitlines()]
+    for result in results:
+        assert result["estimate"] == pytest.approx(result["compiled"], rel=0.08), result
+    # Where attention and its log-sum-exp are saved, its kernel stands in the loop of the forward pass alone.
+    assert [result["attention_forward"] for result in results] == [1, 3]
+
+
+def environment() -> dict[str, str]:
+    toolkit = CUDA / "nvidia" / "cu13"
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(CUDA.parent), str(CUDA)]),
+        "PATH": f"{toolkit / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={toolkit} --xla_gpu_autotune_level=0",
+    }

@@ -1,0 +1,228 @@
+"""Rematerialisation plans: no plan changes the result, and each keeps exactly the tensors that it names."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import yaml
+
+from lora_jax import get_peft_model
+from lora_jax.remat import NAMES, PRESETS, RematPlan
+from lora_jax.step import make_train_step, sum_of_losses
+from tests import tiny
+
+LAYERS = 4
+EVERYTHING, KEPT = {"*": "save"}, dict.fromkeys(NAMES, "save")
+MIXED = {
+    "two groups": RematPlan(((2, KEPT), (None, {}))),
+    "some of each": RematPlan(((2, {"gate": "save", "up": "offload"}), (None, {"input": "offload", "q": "save"}))),
+    # A loop of one layer is none, and the compiler fuses it otherwise.
+    "groups of one": RematPlan(((1, {"attention": "save"}), (2, EVERYTHING), (None, dict.fromkeys(NAMES, "offload")))),
+}
+
+
+# ---- results ------------------------------------------------------------------------------------------------------
+
+
+def make_model(folder, nf4=None, layers_to_transform=None):
+    """A model of four layers, its adapter with dropout."""
+    tiny.write_folder(folder, tiny.config(num_hidden_layers=LAYERS), tokenizer=False)
+    model = tiny.open_model(folder, nf4)
+    get_peft_model(model, r=4, lora_dropout=0.2, layers_to_transform=layers_to_transform, verbose=False)
+    return tiny.randomize_adapter(model, scale=0.05)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("16-bit") / "model")
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """In NF4; layer 3 has no adapter, so there are stacks of three layers and of one."""
+    model = make_model(tmp_path_factory.mktemp("nf4") / "model", "nf4-double", layers_to_transform=(0, 1, 2))
+    assert [stack.count for stack in model.module.layers] == [3, 1]
+    return model
+
+
+def loss_and_gradients(model, remat, dropout=True):
+    graph, lora, frozen = model.split()
+    ids = jnp.asarray(tiny.ids(2, 23))
+    batch = {"input_ids": ids, "labels": ids}
+    key = jax.random.key(5) if dropout else None
+
+    @jax.jit
+    def run(lora, frozen):
+        return jax.value_and_grad(
+            lambda lora: sum_of_losses(graph, lora, frozen, batch, remat=remat, dropout_key=key)[0]
+        )(lora)
+
+    return run(lora, frozen)
+
+
+def assert_equal_results(got, want, exact):
+    got, want = jax.tree.leaves(got), jax.tree.leaves(want)
+    for x, y in zip(got, want, strict=True):
+        if exact:
+            assert np.array_equal(x, y)
+        else:  # float32 sums in another order, over 44 tokens and four layers
+            assert np.abs(x - y).max() <= 1e-4 * np.abs(y).max()
+            assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
+
+
+def test_no_plan_changes_loss_or_gradients(adapted):
+    want = loss_and_gradients(adapted, "none")
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(want))
+    plans = {**PRESETS, **MIXED}
+    del plans["none"]
+    for name, plan in plans.items():
+        assert_equal_results(loss_and_gradients(adapted, plan), want, exact=name != "groups of one")
+
+
+def test_groups_of_a_plan_may_cut_across_stacks(quantized):
+    want = loss_and_gradients(quantized, "none")
+    assert_equal_results(loss_and_gradients(quantized, MIXED["groups of one"]), want, exact=False)
+
+
+# ---- what is kept -------------------------------------------------------------------------------------------------
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def kept(model, remat):
+    """For each forward loop over layers: (length, {name: action}, shapes of one layer) of what it hands to backward.
+
+    Values without a name go by the operation that makes them.
+    """
+    graph, lora, frozen = model.split()
+    ids = jnp.asarray(tiny.ids(2, 23))
+    batch = {"input_ids": ids, "labels": ids}
+
+    def loss(lora):
+        return sum_of_losses(graph, lora, frozen, batch, remat=remat)[0]
+
+    loops = []
+    for eqn in equations(jax.make_jaxpr(jax.grad(loss))(lora).jaxpr):
+        # Backward walks in reverse, and the loop of the loss carries no [B, T, D].
+        if eqn.primitive.name != "scan" or eqn.params["reverse"]:
+            continue
+        body = eqn.params["jaxpr"]
+        body = getattr(body, "jaxpr", body)
+        carry, *stacked = body.outvars
+        if carry.aval.shape != (2, 23, 64):
+            continue
+        makers = {var: inner for inner in body.eqns for var in inner.outvars}
+        names = {}
+        for var in stacked:
+            maker, action = makers.get(var), "save"
+            if maker is not None and maker.primitive.name == "device_put":
+                assert "Host" in str(maker.params["devices"]), maker
+                maker, action = makers[maker.invars[0]], "offload"
+            if maker is not None and maker.primitive.name == "reduce_precision":  # keeps XLA from computing it twice
+                maker = makers[maker.invars[0]]
+            name = "an argument" if maker is None else maker.params.get("name", maker.primitive.name)
+            names[name] = action
+        loops.append((eqn.params["length"], names, {var.aval.shape for var in stacked}))
+    return loops
+
+
+def test_each_group_keeps_exactly_what_its_plan_names(adapted):
+    absent = {"attention_lse", "thin"}  # only the kernels for GPUs have them
+    weights = {leaf.shape[1:] for leaf in jax.tree.leaves(adapted.split()[2]["layers"]) if leaf.ndim > 2}
+    for plan in (*PRESETS.values(), *MIXED.values()):
+        loops, want = kept(adapted, plan), plan.resolve(LAYERS)
+        assert [length for length, *_ in loops] == [count for count, _ in want]
+        for (_, got, shapes), (_, actions) in zip(loops, want, strict=True):
+            assert not shapes & weights
+            if actions == EVERYTHING:
+                assert {"k", "v", "residual", "gate", "up"} < got.keys()
+                assert set(got.values()) == {"save"}
+            else:
+                assert got == {name: action for name, action in actions.items() if name not in absent}
+                assert len(shapes) <= len(got)
+
+
+def test_a_cut_stack_is_not_copied(quantized):
+    """Both loops over a cut stack take it whole: no part of it exists in the program but single layers."""
+    loops = kept(quantized, MIXED["two groups"])
+    assert [(length, "gate" in names) for length, names, _ in loops] == [(2, True), (1, False), (1, False)]
+    graph, lora, frozen = quantized.split()
+    ids = jnp.asarray(tiny.ids(2, 23))
+    batch = {"input_ids": ids, "labels": ids}
+
+    def loss(lora, frozen):
+        return sum_of_losses(graph, lora, frozen, batch, remat=MIXED["two groups"])[0]
+
+    text = jax.jit(jax.grad(loss)).lower(lora, frozen).compile().as_text()
+    packed = {leaf.shape for leaf in jax.tree.leaves(frozen["layers"]) if leaf.ndim > 2 and leaf.dtype == np.uint8}
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\bu8\[([\d,]+)\]", text)}
+    assert packed <= shapes
+    assert not {(2, *shape[1:]) for shape in packed} & shapes
+
+
+# ---- plans as data ------------------------------------------------------------------------------------------------
+
+
+def test_equal_plans_are_equal_and_hash_alike():
+    plan = RematPlan(((2, {"gate": "save", "q": "recompute"}), (None, {"input": "save"})))
+    same = RematPlan(((2, {"input": "save", "gate": "save"}), (None, {"up": "recompute"})))
+    assert plan == same
+    assert hash(plan) == hash(same)
+    assert plan != RematPlan(((3, {"gate": "save"}), (None, {})))
+    assert RematPlan.of(plan) is plan
+
+
+def test_a_plan_in_yaml():
+    text = """
+    - {layers: 8, gate: save, attention: save, attention_lse: save}
+    - {layers: rest, input: offload}
+    """
+    plan = RematPlan.of(yaml.safe_load(text))
+    assert plan.resolve(10) == [
+        (8, {"input": "save", "attention": "save", "attention_lse": "save", "gate": "save"}),
+        (2, {"input": "offload"}),
+    ]
+    assert plan.resolve(8) == plan.resolve(10)[:1]
+    assert RematPlan.of(yaml.safe_load(yaml.safe_dump(plan.to_list()))) == plan
+    assert str(plan) == "8 layers: save input attention attention_lse gate; the rest: offload input"
+    for name, preset in PRESETS.items():
+        assert RematPlan.of(name) == RematPlan.of(preset.to_list()) == preset
+        assert str(preset) == name
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("some", "remat='some' is unknown; known are none, selective, full, offload"),
+        (3, "remat=3: wanted a preset"),
+        ([], "at least one group"),
+        (["full"], "wanted a preset"),
+        ([{"gate": "save"}], "of how many `layers`"),
+        ([{"layers": 0}], "at least 1 or None .all left., got 0"),
+        ([{"layers": "8"}], "got '8'"),
+        ([{"layers": "rest"}, {"layers": 2}], "only the last of 2 groups"),
+        ([{"layers": 2, "gates": "save"}], "'gates' names no tensor of a layer; there are input, q"),
+        ([{"layers": 2, "gate": "keep"}], "gate: 'keep' is unknown; there are save, recompute, offload"),
+        ([{"layers": 2, "input": "recompute"}], "save or offload it"),
+        ([{"layers": 2, "*": "save", "gate": "save"}], "goes alone"),
+    ],
+)
+def test_mistakes_in_plans(value, said):
+    with pytest.raises(ValueError, match=said):
+        RematPlan.of(value)
+
+
+@pytest.mark.parametrize("groups", [((3, {}),), ((2, {}), (3, {"gate": "save"})), ((5, {}), (None, {}))])
+def test_a_plan_for_another_number_of_layers_is_refused(groups, adapted):
+    with pytest.raises(ValueError, match="groups of [35] layers, the model has 4"):
+        make_train_step(adapted, optax.sgd(1.0), remat=RematPlan(groups))
