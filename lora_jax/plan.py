@@ -7,10 +7,11 @@ reach the same share of what their makers state, so compare plans by them rather
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_jax.cards import GIB, Card, parse_bytes, this_card
 from lora_jax.remat import ALL, NAMES, PRESETS, RematPlan
@@ -55,31 +56,46 @@ class Workload:
         """Tokens of a micro-batch."""
         return self.batch * self.length
 
-    def widths(self) -> dict[str, int]:
-        """Features a token has: hidden states, queries, keys (or values), the MLP; and the adapters' products."""
-        c = self.config
+    def named_bytes(self, layer: int) -> dict[str, int]:
+        """Bytes of each named tensor of a layer (lora_jax.remat.NAMES) for one micro-batch."""
+        w = layer_widths(self.config, layer)
+        features = {"input": w.hidden, "q": w.q, "k": w.k, "v": w.v, "attention": w.attention, "residual": w.hidden}
         padded = max(16, _power_of_two(self.rank))  # as kernels/nf4/triton_adapter.py pads ranks
         thin = _power_of_two(3 * padded) + _power_of_two(2 * padded) + padded
-        heads, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        return {"hidden": c.hidden_size, "q": heads, "k": keys, "mlp": c.intermediate_size, "thin": thin}
-
-    def named_bytes(self) -> dict[str, int]:
-        """Bytes of each named tensor of one layer (lora_jax.remat.NAMES) for one micro-batch."""
-        w = self.widths()
-        features = {"input": w["hidden"], "q": w["q"], "k": w["k"], "v": w["k"], "attention": w["q"]}
-        features |= {"residual": w["hidden"], "gate": w["mlp"], "up": w["mlp"], "thin": w["thin"]}
+        features |= {"gate": w.mlp, "up": w.mlp, "thin": thin}
         sizes = {name: self.tokens * n * self.itemsize for name, n in features.items()}
         sizes["attention_lse"] = 4 * self.tokens * self.config.num_heads
         return {name: sizes[name] for name in NAMES}
 
-    def parameters(self) -> dict[str, int]:
-        """Weights of the linear layers of one layer: of q, k and v together, o, gate, up and down."""
-        w = self.widths()
-        return {
-            "qkv": w["hidden"] * (w["q"] + 2 * w["k"]),
-            "o": w["hidden"] * w["q"],
-            **dict.fromkeys(("gate", "up", "down"), w["hidden"] * w["mlp"]),
-        }
+
+class Widths(NamedTuple):
+    """Features that a token has in a layer, and weights of the layer."""
+
+    hidden: int
+    q: int
+    k: int
+    v: int
+    attention: int
+    mlp: int  # gate's; all of a token's experts together
+    qkv: int  # weights that make queries, keys and values
+    experts: int  # how many times the weights of gate, up and down are stored that a token uses
+
+
+@functools.cache
+def layer_widths(c: "DecoderConfig", layer: int) -> Widths:
+    """The sizes of one layer of a model."""
+    d, heads, keys = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    q, k, v, attention, qkv = heads, keys, keys, heads, d * (heads + 2 * keys)
+    if (latent := c.mla) is not None:
+        q = k = c.num_heads * (latent.plain_dim + latent.rotated_dim)
+        v = attention = c.num_heads * latent.value_dim
+        qkv = d * q if latent.query_rank is None else latent.query_rank * (d + q)
+        qkv += d * (latent.key_value_rank + latent.rotated_dim)
+        qkv += latent.key_value_rank * c.num_heads * (latent.plain_dim + latent.value_dim)
+    mlp, experts = c.intermediate_size, 1
+    if (moe := c.moe) is not None and layer in moe.layers:
+        mlp, experts = moe.top_k * moe.intermediate_size + (moe.shared_size or 0), moe.num_experts // moe.top_k
+    return Widths(d, q, k, v, attention, mlp, qkv, experts)
 
 
 def _power_of_two(n: int) -> int:
@@ -139,6 +155,7 @@ def of_config(
     from lora_jax.model import CausalLM
     from lora_jax.models.decoder import Decoder
     from lora_jax.models.linear import Linear
+    from lora_jax.models.moe import Router
     from lora_jax.models.registry import config_from_hf
     from lora_jax.optim import make_optimizer
 
@@ -147,7 +164,7 @@ def of_config(
     stored = str(dtype or hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")
     module = Decoder(config, np.dtype(jnp.float32 if stored.endswith("float32") else jnp.bfloat16))
     for _, stack, part in module.named_modules():
-        if load_in_4bit and stack is not None and isinstance(part, Linear):
+        if load_in_4bit and stack is not None and isinstance(part, Linear) and not isinstance(part, Router):
             part.weight.set_value(NF4Weight.abstract(part.weight.get_value().shape, True))
     model = CausalLM(module, hf_config=hf_config, source=Path())
     shapes = [(k, lora_config.r, n) for k, n in adapter_shapes(model, lora_config).values()]
@@ -219,31 +236,36 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
     Raises:
       ValueError: the plan is for another number of layers.
     """
-    groups = plan.resolve(work.config.num_layers)
-    sizes, w, a = work.named_bytes(), work.widths(), work.itemsize
-    kept, host, saved_mlp = dict.fromkeys(sizes, 0), 0, True
-    for count, actions in groups:
-        saved_mlp &= ALL in actions or {"gate", "up"} <= actions.keys()
-        for name, size in sizes.items():
+    a, rows, groups = work.itemsize, work.tokens, plan.resolve(work.config.num_layers)
+    kept: dict[str, int] = dict.fromkeys(NAMES, 0)
+    host, unnamed, workspace = 0, 0, 0.0
+    for layer, actions in _by_layer(groups):
+        w = layer_widths(work.config, layer)
+        for name, size in work.named_bytes(layer).items():
             action = "save" if ALL in actions else actions.get(name)
-            kept[name] += count * size if action == "save" else 0
-            host += count * size if action == "offload" else 0
-        if ALL in actions:  # the norms' results and the like
-            kept["unnamed"] = kept.get("unnamed", 0) + count * 3 * work.tokens * w["hidden"] * a
-    rows, hidden = work.tokens, work.tokens * w["hidden"] * a
-    backward = work.adapters * (1 + (work.accumulation > 1) + _LAYOUTS + (len(groups) > 1))
-    backward += _MLP_ARRAYS * rows * w["mlp"] * a + _HIDDEN_ARRAYS * hidden
-    backward += _SAVED_MLP * saved_mlp * rows * w["mlp"] * a
-    backward += _DECODED * w["hidden"] * w["mlp"] * a
+            kept[name] += size if action == "save" else 0
+            host += size if action == "offload" else 0
+        unnamed += 3 * rows * w.hidden * a if ALL in actions else 0  # the norms' results and the like
+        arrays = _MLP_ARRAYS + _SAVED_MLP * (ALL in actions or {"gate", "up"} <= actions.keys())
+        here = arrays * rows * w.mlp * a + _HIDDEN_ARRAYS * rows * w.hidden * a
+        workspace = max(workspace, here + _DECODED * w.experts * w.hidden * w.mlp * a)
+    gradients = 1 + (work.accumulation > 1) + _LAYOUTS + (len(groups) > 1)
+    loss = _loss_bytes(work, card) + work.adapters * _LAYOUTS
+    loss += _LOSS_HIDDEN_ARRAYS * rows * work.config.hidden_size * a
     return Memory(
         weights=work.weights,
         adapters=work.adapters,
         optimizer=work.optimizer,
-        kept={name: size for name, size in kept.items() if size},
-        loss=int(_loss_bytes(work, card) + work.adapters * _LAYOUTS + _LOSS_HIDDEN_ARRAYS * hidden),
-        backward=int(backward),
+        kept={name: size for name, size in {**kept, "unnamed": unnamed}.items() if size},
+        loss=int(loss),
+        backward=int(gradients * work.adapters + workspace),
         host=host,
     )
+
+
+def _by_layer(groups: list[tuple[int, dict[str, str]]]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number of the layer, its actions) of every layer."""
+    return enumerate(actions for count, actions in groups for _ in range(count))
 
 
 def _loss_bytes(work: Workload, card: Card) -> int:
@@ -274,45 +296,48 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
     "copies" are kept tensors on their way into and out of the arrays that hold those of all layers, and to and from
     the host; they overlap with nothing. Raises ValueError if the plan is for another number of layers.
     """
-    c, w, m, a = work.config, work.widths(), work.tokens, work.itemsize
-    cost = {name: _matmul_seconds(work, card, n) for name, n in work.parameters().items()}
-    cost["attention"] = _attention_seconds(work, card)
-    # Bytes of norms, rotations, activation, residual additions and adapters, read and written, forward.
-    light = m * a * (11 * w["hidden"] + 4 * w["q"] + 2 * w["k"] + 3 * w["mlp"]) / (_ELEMENTWISE * card.bandwidth * 1e9)
-    forward = sum(cost.values()) + light
-    # Of the adapters alone dA and dB: two passes over inputs and gradients of all linear layers.
-    adapters = m * a * (4 * w["hidden"] + 2 * w["q"] + 2 * w["k"] + 3 * w["mlp"])
-    backward = sum(cost.values()) + 1.5 * cost["attention"] + 1.75 * light
-    backward += adapters / (_ELEMENTWISE * card.bandwidth * 1e9)
-    again, copies, sizes = 0.0, 0.0, work.named_bytes()
-    for count, actions in plan.resolve(c.num_layers):
+    m, a, slow = work.tokens, work.itemsize, _ELEMENTWISE * card.bandwidth * 1e9
+    forward = backward = again = copies = 0.0
+    for layer, actions in _by_layer(plan.resolve(work.config.num_layers)):
+        w, sizes = layer_widths(work.config, layer), work.named_bytes(layer)
+        cost = _layer_seconds(work, card, layer)
+        # Bytes of norms, rotations, activation, residual additions and adapters, read and written, forward.
+        light = m * a * (11 * w.hidden + 2 * w.q + 2 * w.attention + w.k + w.v + 3 * w.mlp) / slow
+        # Of the adapters alone dA and dB: two passes over inputs and gradients of all linear layers.
+        adapters = m * a * (4 * w.hidden + w.q + w.attention + w.k + w.v + 3 * w.mlp) / slow
+        forward += sum(cost.values()) + light
+        backward += sum(cost.values()) + 1.5 * cost["attention"] + 1.75 * light + adapters
         if ALL in actions:
-            copies += count * 2 * sum(sizes.values()) / (_COPY * card.bandwidth * 1e9)
+            copies += 2 * sum(sizes.values()) / (_COPY * card.bandwidth * 1e9)
             continue
         missing = [op for names, op in _BUNDLES.items() if not all(name in actions for name in names)]
-        again += count * (sum(cost[op] for op in missing) + light * (0.3 + 0.1 * len(missing)))
+        again += sum(cost[op] for op in missing) + light * (0.3 + 0.1 * len(missing))
         for name, action in actions.items():
             rate = _COPY * card.bandwidth if action == "save" else card.host_bandwidth
-            copies += count * 2 * sizes[name] / (rate * 1e9)
-    layers = c.num_layers
-    head = 4 * m * c.vocab_size * c.hidden_size / (_MATMUL * card.tflops * 1e12)
-    micro = {"forward": layers * forward, "backward": layers * backward, "recomputation": again, "copies": copies}
-    parts = {name: work.accumulation * value for name, value in {**micro, "head": head}.items()}
+            copies += 2 * sizes[name] / (rate * 1e9)
+    head = 4 * m * work.config.vocab_size * work.config.hidden_size / (_MATMUL * card.tflops * 1e12)
+    micro = {"forward": forward, "backward": backward, "recomputation": again, "copies": copies, "head": head}
+    parts = {name: work.accumulation * value for name, value in micro.items()}
     return {**parts, "optimizer": 7 * work.adapters / (_COPY * card.bandwidth * 1e9)}
 
 
-def _matmul_seconds(work: Workload, card: Card, parameters: int) -> float:
-    """One use of a weight: the matmul, and decoding it (0.56 bytes read and 2 written a weight)."""
+def _layer_seconds(work: Workload, card: Card, layer: int) -> dict[str, float]:
+    """Matmuls, with the decoding of their weights, and attention of one layer, forward."""
+    w = layer_widths(work.config, layer)
+    used = {"qkv": (w.qkv, 1), "o": (w.hidden * w.attention, 1)}
+    used |= {name: (w.hidden * w.mlp, w.experts) for name in ("gate", "up", "down")}
+    cost = {name: _matmul_seconds(work, card, *weights) for name, weights in used.items()}
+    # 2 operations for every query, feature and key that it sees, in each of the two products.
+    keys = _mean_keys(work.length, work.config.windows[layer])
+    flops = 2 * work.tokens * keys * (w.q + w.attention)
+    return {**cost, "attention": flops / (_ATTENTION * card.tflops * 1e12)}
+
+
+def _matmul_seconds(work: Workload, card: Card, parameters: int, stored: int) -> float:
+    """One use of a weight, of which `stored` times as much is decoded (0.56 bytes read and 2 written a weight)."""
     flops = 2 * work.tokens * parameters / (_MATMUL * card.tflops * 1e12)
     decode = 2.56 / _DECODE + 2 * 0.56 / _COPY  # it is copied out of its stack first
-    return flops + work.nf4 * parameters * decode / (card.bandwidth * 1e9)
-
-
-def _attention_seconds(work: Workload, card: Card) -> float:
-    """Causal attention forward: 4 operations for every query, feature and key that it sees."""
-    c = work.config
-    keys = sum(_mean_keys(work.length, window) for window in c.windows) / c.num_layers
-    return 4 * work.tokens * keys * c.num_heads * c.head_dim / (_ATTENTION * card.tflops * 1e12)
+    return flops + work.nf4 * stored * parameters * decode / (card.bandwidth * 1e9)
 
 
 def _mean_keys(length: int, window: int | None) -> float:
@@ -392,8 +417,8 @@ def _first(numbers: Iterable[int], condition: Callable[[int], bool]) -> int | No
 def _worth(work: Workload, card: Card, names: tuple[str, ...]) -> float:
     """Seconds saved for each byte kept."""
     total = {kind: sum(seconds(work, _keeping(extra), card).values()) for kind, extra in ((0, ()), (1, names))}
-    size = sum(work.named_bytes()[name] for name in names)
-    return (total[0] - total[1]) / (work.config.num_layers * size)
+    sizes = [work.named_bytes(layer) for layer in range(work.config.num_layers)]
+    return (total[0] - total[1]) / sum(size[name] for size in sizes for name in names)
 
 
 def _keeping(names: Iterable[str]) -> RematPlan:

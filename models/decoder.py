@@ -347,8 +347,8 @@ class Decoder(nnx.Module):
         keys, values = (tuple(jnp.zeros((*shape, width), self.dtype) for shape in shapes) for width in widths)
         return Cache(keys, values, jnp.int32(0))
 
-    def named_modules(self) -> Iterator[tuple[str, Block | None, Linear | Embedding | RMSNorm]]:
-        """(Hugging Face name, its stack, module) of every leaf module.
+    def named_modules(self) -> Iterator[tuple[str, Block | None, Linear | Embedding | RMSNorm | Attention]]:
+        """(Hugging Face name, its stack, module) of every leaf module, and of attention with sinks.
 
         Modules of a stack have `{}` in their name in place of the layer's number, and `*` in that of the expert's where
         they have one; others have None for a stack. `full_names` fills in the numbers.
@@ -437,12 +437,12 @@ def _rope_tables(config: DecoderConfig, rope: RopeConfig | None, positions: jax.
     return rope_tables(rope, dim, positions)
 
 
-def _leaf_modules(module: nnx.Module, prefix: str) -> Iterator[tuple[str, Linear | Embedding | RMSNorm]]:
+def _leaf_modules(module: nnx.Module, prefix: str) -> Iterator[tuple[str, Linear | Embedding | RMSNorm | Attention]]:
     for name, child in vars(module).items():
         if isinstance(child, Linear | Embedding | RMSNorm):
             yield f"{prefix}.*.{name}" if isinstance(child, ExpertLinear) else f"{prefix}.{name}", child
         elif isinstance(child, nnx.Module):
-            if getattr(child, "sinks", None) is not None:
+            if isinstance(child, Attention) and child.sinks is not None:
                 yield f"{prefix}.{name}", child
             yield from _leaf_modules(child, f"{prefix}.{name}")
 

@@ -2,6 +2,8 @@
 
 Token-expert pairs are sorted by expert and multiplied by grouped matmuls: no token is dropped, and all shapes are
 static. Fedus et al. (arXiv 2101.03961) has the idea, Gale et al. (arXiv 2211.15841) that of not dropping.
+
+Routers are frozen unless they are asked for, and the loss that keeps experts evenly loaded in pretraining is not added.
 """
 
 import dataclasses

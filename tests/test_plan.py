@@ -15,11 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from lora_jax import LoraConfig, SFTConfig, SFTTrainer, cli, get_peft_model, plan
 from lora_jax import step as step_module
 from lora_jax.cards import CARDS, GIB, card_of, parse_bytes
 from lora_jax.kernels import dispatch
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.linear import Linear
+from lora_jax.models.moe import Router
+from lora_jax.models.registry import config_from_hf
 from lora_jax.optim import make_optimizer
 from lora_jax.plan import Workload, memory, seconds
 from lora_jax.remat import NAMES, PRESETS, RematPlan
@@ -117,7 +122,7 @@ def test_bytes_of_named_tensors_are_those_of_the_program(tmp_path):
         if eqn.primitive.name == "name":
             aval: Any = eqn.outvars[0].aval
             found[eqn.params["name"]] += aval.size * aval.dtype.itemsize
-    want = plan.of_config(hf, LoraConfig(r=12), 2, 64).named_bytes()
+    want = plan.of_config(hf, LoraConfig(r=12), 2, 64).named_bytes(0)
     assert found == want
 
 
@@ -128,6 +133,77 @@ def equations(jaxpr):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)
+
+
+OTHERS = {
+    "fused": {"architectures": ["Phi3ForCausalLM"], "pad_token_id": 0},
+    "experts": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 5, "num_experts_per_tok": 2},
+    "latent attention, shared experts": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 24,
+        "moe_intermediate_size": 40,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "num_experts_per_tok": 3,
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "v_head_dim": 12,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kinds_of_layers(name):
+    """Named tensors and weights of layers that are no Llama's; nothing is loaded."""
+    hf = tiny.config(**OTHERS[name])
+    work = plan.of_config(hf, LoraConfig(target_modules="all-linear"), 2, 24)
+    module = Decoder(config_from_hf(hf), jnp.float32)
+    graph, frozen = nnx.split(module)
+    ids = jax.ShapeDtypeStruct((2, 24), jnp.int32)
+
+    def forward(frozen, ids):
+        return sum_of_losses(graph, nnx.State({}), frozen, {"input_ids": ids, "labels": ids})[0]
+
+    found = dict.fromkeys(NAMES, 0)
+    for eqn in equations(jax.make_jaxpr(forward)(frozen, ids).jaxpr):
+        if eqn.primitive.name == "name":
+            aval: Any = eqn.outvars[0].aval
+            found[eqn.params["name"]] += aval.size * aval.dtype.itemsize
+    want = dict.fromkeys(NAMES, 0)
+    for stack in module.layers:  # each is traced once
+        for tensor, size in work.named_bytes(stack.first).items():
+            want[tensor] += size
+    absent = {"attention_lse", "thin"}  # named by the kernels for GPUs
+    assert {n: size for n, size in found.items() if n not in absent} == {
+        n: size for n, size in want.items() if n not in absent
+    }
+    for layer, stack in enumerate(module.layers):
+        weights = plan.layer_widths(work.config, stack.first)
+        linear, mlp = stack_parameters(stack), 3 * weights.hidden * weights.mlp * weights.experts
+        assert linear["attention"] == weights.qkv + weights.hidden * weights.attention, layer
+        assert linear["mlp"] == pytest.approx(mlp, rel=0.35)  # shared experts are not stored several times
+    choice = plan.choose(work, H100, GIB)
+    assert memory(work, choice, H100).total <= GIB
+
+
+def stack_parameters(stack) -> dict[str, int]:
+    """Weights of the linear layers of one layer, without routers."""
+    found = {"attention": 0, "mlp": 0}
+    for path, module in nnx.iter_modules(stack):
+        if isinstance(module, Linear) and not isinstance(module, Router):
+            shape = module.weight.get_value().shape[1:]
+            found["attention" if "self_attn" in path else "mlp"] += math.prod(shape)
+    return found
 
 
 def test_what_a_plan_changes_in_memory():

@@ -134,6 +134,9 @@ def _fused(q, k, v, segment_start, query_offset, sinks, options: _Options):
 
 def _fused_fwd(q, k, v, segment_start, query_offset, sinks, options: _Options):
     out, lse = _forward(q, k, v, segment_start, query_offset, sinks, options)
+    # Without the barrier XLA of jax 0.11 runs the kernel twice where a loop over layers keeps `out`: once for what
+    # follows, and once more to write `out` where it is kept without a copy.
+    out = jax.lax.optimization_barrier(out)
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention_lse")
     return out, (q, k, v, segment_start, query_offset, sinks, out, lse)
 

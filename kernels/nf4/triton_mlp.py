@@ -76,7 +76,8 @@ def backward(
     (m, f), r = gate.shape, a.shape[1]
     cols = min(cols, f & -f)
     if parts is None:
-        parts = max(1, min(pl.cdiv(m, block), 4 * dispatch.sm_count() // (f // cols)))
+        at_once = 16 // warps * dispatch.sm_count()  # programs: their registers fill an SM with 16 warps
+        parts = max(1, min(pl.cdiv(m, block), at_once // (f // cols)))
     sums = [jax.ShapeDtypeStruct((parts, f, width), jnp.float32) for width in (r, *widths)]
     dgu, *sums = pl.pallas_call(
         functools.partial(_backward_kernel, widths=widths, block=block, cols=cols, parts=parts),

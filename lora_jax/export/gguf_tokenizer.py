@@ -25,7 +25,7 @@ _TEKKEN = {
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 }
-_KNOWN_PRE = "gpt-2, smollm, llama-bpe, smaug-bpe, qwen2, tekken, and SentencePiece BPE (Llama 1 and 2, Mistral)"
+_KNOWN_PRE = "gpt-2, smollm, llama-bpe, smaug-bpe, qwen2, tekken, and SentencePiece BPE (Llama 1 and 2, Mistral, Gemma)"
 
 # llama.cpp ends a generation at tokens of these texts whatever the metadata says.
 _STOPS_BY_TEXT = {
@@ -158,13 +158,17 @@ def _bpe_pre(spec: Mapping[str, Any], folder: Path, notes: list[str]) -> str:
 
 def _spm_space_prefix(spec: Mapping[str, Any], folder: Path, notes: list[str]) -> bool:
     """Whether a SentencePiece-like tokenizer puts a space before the text."""
-    scheme = "never"
+    scheme, replaced = "never", False
     for step in _parts(spec["normalizer"], "normalizers"):
         if step == {"type": "Prepend", "prepend": _SPACE}:
             scheme = "always"
-        elif step != {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}:
+        elif step == {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}:
+            replaced = True
+        else:
             raise ValueError(_refusal(folder, f"normalizer {json.dumps(step)}"))
     for step in _parts(spec["pre_tokenizer"], "pretokenizers"):
+        if replaced and step["type"] == "Split" and step["pattern"] == {"String": " "}:
+            continue  # Gemma cuts at spaces, of which the normalizer has left none
         if step["type"] != "Metaspace" or step["replacement"] != _SPACE or step.get("split", True):
             raise ValueError(_refusal(folder, f"pre-tokenizer {json.dumps(step)}"))
         scheme = step["prepend_scheme"]

@@ -204,7 +204,7 @@ def test_config_fields_in_both_forms(export: Callable[..., Path]) -> None:
 
 # Tokenizers.
 
-TOKENIZERS = ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "spm always", "spm never"]
+TOKENIZERS = ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "spm always", "spm never", "spm gemma"]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -246,6 +246,8 @@ def spm_folder(folder: Path, *, prefix: str = "always", tokenizer_class: str = "
     replace = normalizers.Replace(" ", "\u2581")
     if prefix == "always":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace])
+    elif prefix == "gemma":
+        tokenizer.normalizer, tokenizer.pre_tokenizer = replace, pre_tokenizers.Split(" ", "merged_with_previous")
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
     tokenizer.decoder = decoders.Sequence(

@@ -1,12 +1,15 @@
 """config.json of every family: both its forms, what follows from it for each layer, and what is refused."""
 
+import json
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from lora_jax import get_peft_model
+from lora_jax.export.peft import adapter_tensors, load_adapter
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.registry import ARCHITECTURES, config_from_hf
 from tests import tiny
@@ -186,6 +189,34 @@ def random_folder(folder, architecture: str, **changes):
     slots = Decoder(config_from_hf(fields), jnp.float32).slots()
     weights = {n: (rng.normal(size=s.shape) / 8).astype(np.float32) for n, s in slots.items()}
     return tiny.write_folder(folder, fields, weights, tokenizer=False)
+
+
+@pytest.mark.parametrize("stored", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_model_that_reads_images(tmp_path, stored):
+    """Loads under both names that files have for it; its vision tower is neither trained nor lost."""
+    text = {k: v for k, v in hf("Gemma3ForCausalLM", num_hidden_layers=2).items() if k != "architectures"}
+    fields = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "torch_dtype": "float32"}
+    slots = Decoder(config_from_hf(fields), jnp.float32).slots()
+    rng = np.random.default_rng(0)
+    weights = {n.replace("model.language_model.", stored): rng.normal(size=s.shape) / 8 for n, s in slots.items()}
+    weights["vision_tower.layers.0.q_proj.weight"] = rng.normal(size=(4, 6))
+    weights = {name: w.astype(np.float32) for name, w in weights.items()}
+    folder = tiny.write_folder(tmp_path / "model", fields, weights, tokenizer=False)
+    model = get_peft_model(tiny.open_model(folder), target_modules=["q_proj"], r=2, verbose=False)
+    model.save_pretrained(tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    # In full, since PEFT would find a q_proj in the vision tower too.
+    assert settings["target_modules"] == [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    again = load_adapter(tiny.open_model(folder), tmp_path / "adapter")
+    assert adapter_tensors(again).keys() == adapter_tensors(model).keys()
+    model.save_pretrained_merged(tmp_path / "merged", dtype="float32", verbose=False)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == weights.keys()
+    for name, tensor in weights.items():  # B is zero, so the adapter changes nothing
+        np.testing.assert_array_equal(merged[name], tensor, err_msg=name)
+    weights[f"{stored}layers.0.self_attn.other.weight"] = np.zeros((2, 2), np.float32)
+    with pytest.raises(ValueError, match="tensors that this architecture does not have: .*self_attn.other.weight"):
+        tiny.open_model(tiny.write_folder(tmp_path / "more", fields, weights, tokenizer=False))
 
 
 def test_fused_projections_take_one_adapter_each(tmp_path):

@@ -66,11 +66,11 @@ def test_logits_equal_transformers(written, family, seed):
 def loss_and_gradients(model: CausalLM, batch: dict[str, np.ndarray]) -> tuple[float, int, dict[str, np.ndarray]]:
     """Sum of the losses, number of label tokens, and the gradient of the sum under PEFT's names."""
     graph, lora, frozen = model.split()
-    batch = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
+    arrays = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
 
     @jax.jit
     def run(lora):
-        return jax.value_and_grad(lambda lora: sum_of_losses(graph, lora, frozen, batch), has_aux=True)(lora)
+        return jax.value_and_grad(lambda lora: sum_of_losses(graph, lora, frozen, arrays), has_aux=True)(lora)
 
     before = jax.tree.map(jnp.copy, lora)
     (loss, count), grads = run(lora)

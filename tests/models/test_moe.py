@@ -19,7 +19,6 @@ from lora_jax.hf_checkpoint import Checkpoint, read_json
 from lora_jax.kernels.nf4 import NF4Weight, dequantize, quantize
 from lora_jax.models.decoder import Context, Decoder
 from lora_jax.models.linear import Linear, value
-from lora_jax.models.moe import MoE
 from lora_jax.models.registry import config_from_hf
 from lora_jax.remat import PRESETS
 from lora_jax.step import sum_of_losses
@@ -70,7 +69,7 @@ def make_layer(seed, experts, top_k, normalize, shared):
 
     for _, module in nnx.iter_modules(layer):
         if isinstance(module, Linear):
-            _, *lead, n, k = module.weight.get_value().shape
+            lead, (n, k) = module.weight.get_value().shape[1:-2], module.features
             module.weight.set_value(draw(*lead, n, k))
             module.lora_a = nnx.LoRAParam(draw(*lead, 3, k).swapaxes(-1, -2))
             module.lora_b = nnx.LoRAParam(draw(*lead, n, 3).swapaxes(-1, -2))
@@ -78,7 +77,7 @@ def make_layer(seed, experts, top_k, normalize, shared):
     return layer
 
 
-def dense(layer: MoE, x):
+def dense(layer, x):
     """Every expert for every token: x [M, D] -> [M, D]."""
 
     def weight(module):  # [..., K, N]
@@ -404,6 +403,73 @@ GPT_OSS_20B = {
     "vocab_size": 201088,
 }
 
+DEEPSEEK_V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+DEEPSEEK_V3 = {  # without the layer that predicts a further token
+    **DEEPSEEK_V2_LITE,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "rope_scaling": {**DEEPSEEK_V2_LITE["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 1.0},
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+}
+
 
 @pytest.mark.parametrize(
     ("config", "parameters"),
@@ -413,8 +479,18 @@ GPT_OSS_20B = {
         (QWEN_MOE_A27B, 14_315_784_192),
         (QWEN3_30B_A3B, 30_532_122_624),
         (GPT_OSS_20B, 20_914_757_184),
+        (DEEPSEEK_V2_LITE, 15_706_484_224),
+        (DEEPSEEK_V3, 671_026_419_200),
     ],
-    ids=["Mixtral-8x7B", "Mixtral-8x22B", "Qwen1.5-MoE-A2.7B", "Qwen3-30B-A3B", "gpt-oss-20b"],
+    ids=[
+        "Mixtral-8x7B",
+        "Mixtral-8x22B",
+        "Qwen1.5-MoE-A2.7B",
+        "Qwen3-30B-A3B",
+        "gpt-oss-20b",
+        "DeepSeek-V2-Lite",
+        "DeepSeek-V3",
+    ],
 )
 def test_published_models_have_their_number_of_parameters(config, parameters):
     """As the hub counts them in the safetensors."""
