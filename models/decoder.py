@@ -39,8 +39,8 @@ NORMS: dict[str, tuple[str | None, ...]] = {
     ),
 }
 
-# The tensors of a checkpoint that a module may have.
-ATTRIBUTES = ("weight", "bias", "sinks", "e_score_correction_bias")
+# The tensors of a checkpoint that a leaf module may have.
+ATTRIBUTES = ("weight", "bias", "e_score_correction_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Slot:
     """Where one tensor of a Hugging Face checkpoint lives in the model."""
 
     owner: nnx.Module  # the Linear, Embedding, RMSNorm or Attention
-    attribute: str  # one of ATTRIBUTES
+    attribute: str  # one of ATTRIBUTES, or "sinks"
     index: int | tuple[int, int] | None  # position in the stack (and expert), None for a module that is not stacked
 
     @property
@@ -347,8 +347,8 @@ class Decoder(nnx.Module):
         keys, values = (tuple(jnp.zeros((*shape, width), self.dtype) for shape in shapes) for width in widths)
         return Cache(keys, values, jnp.int32(0))
 
-    def named_modules(self) -> Iterator[tuple[str, Block | None, Linear | Embedding | RMSNorm | Attention]]:
-        """(Hugging Face name, its stack, module) of every leaf module, and of attention with sinks.
+    def named_modules(self) -> Iterator[tuple[str, Block | None, Linear | Embedding | RMSNorm]]:
+        """(Hugging Face name, its stack, module) of every leaf module.
 
         Modules of a stack have `{}` in their name in place of the layer's number, and `*` in that of the expert's where
         they have one; others have None for a stack. `full_names` fills in the numbers.
@@ -371,6 +371,10 @@ class Decoder(nnx.Module):
                     continue
                 for full, index in full_names(name, stack, module):
                     slots[f"{full}.{attribute}"] = Slot(module, attribute, index)
+        for stack in self.layers if self.config.sinks else ():
+            for index in range(stack.count):
+                name = f"{self.config.hf_prefix}.layers.{stack.first + index}.self_attn.sinks"
+                slots[name] = Slot(stack.self_attn, "sinks", index)
         return slots
 
 
@@ -437,13 +441,11 @@ def _rope_tables(config: DecoderConfig, rope: RopeConfig | None, positions: jax.
     return rope_tables(rope, dim, positions)
 
 
-def _leaf_modules(module: nnx.Module, prefix: str) -> Iterator[tuple[str, Linear | Embedding | RMSNorm | Attention]]:
+def _leaf_modules(module: nnx.Module, prefix: str) -> Iterator[tuple[str, Linear | Embedding | RMSNorm]]:
     for name, child in vars(module).items():
         if isinstance(child, Linear | Embedding | RMSNorm):
             yield f"{prefix}.*.{name}" if isinstance(child, ExpertLinear) else f"{prefix}.{name}", child
         elif isinstance(child, nnx.Module):
-            if isinstance(child, Attention) and child.sinks is not None:
-                yield f"{prefix}.{name}", child
             yield from _leaf_modules(child, f"{prefix}.{name}")
 
 

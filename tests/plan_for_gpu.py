@@ -21,6 +21,7 @@ from lora_jax.kernels import dispatch
 from lora_jax.kernels.nf4 import NF4Weight
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.linear import Linear
+from lora_jax.models.moe import Router
 from lora_jax.models.registry import config_from_hf
 from lora_jax.optim import make_optimizer
 from lora_jax.remat import NAMES, RematPlan
@@ -34,6 +35,8 @@ LLAMA2_13B = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=4
                   num_key_value_heads=40, vocab_size=32000, max_position_embeddings=4096)  # fmt: skip
 LLAMA3_70B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
                   num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072)  # fmt: skip
+MIXTRAL = {**SHAPES["llama3.1-8b"], "vocab_size": 32000, "num_hidden_layers": 8, "num_local_experts": 8,
+           "num_experts_per_tok": 2, "architectures": ["MixtralForCausalLM"]}  # fmt: skip
 ONE, EIGHT = SHAPES["llama3.2-1b"], SHAPES["llama3.1-8b"]
 # name: shape, rank, micro-batches, rows, tokens, plan
 CASES: dict[str, tuple[dict[str, Any], int, int, int, int, str | RematPlan]] = {
@@ -60,6 +63,8 @@ CASES: dict[str, tuple[dict[str, Any], int, int, int, int, str | RematPlan]] = {
     "13b-selective": (LLAMA2_13B, 16, 1, 1, 2048, "selective"),
     "70b-short": (LLAMA3_70B, 16, 1, 1, 512, "full"),
     "70b-offload": (LLAMA3_70B, 16, 1, 1, 4096, "offload"),
+    "mixtral": (MIXTRAL, 16, 1, 1, 2048, "full"),
+    "mixtral-selective": (MIXTRAL, 16, 1, 2, 2048, "selective"),
 }
 
 
@@ -67,12 +72,12 @@ def abstract_model(hf: dict[str, Any], rank: int) -> CausalLM:
     """A QLoRA model with shapes in place of arrays."""
     module = Decoder(config_from_hf(hf), jnp.bfloat16)
     for _, stack, part in module.named_modules():
-        if stack is None or not isinstance(part, Linear):
+        if stack is None or not isinstance(part, Linear) or isinstance(part, Router):
             continue
-        n, k = part.features
-        part.weight.set_value(NF4Weight.abstract((stack.count, n, k), True))
-        part.lora_a = nnx.LoRAParam(jax.ShapeDtypeStruct((stack.count, k, rank), jnp.float32))
-        part.lora_b = nnx.LoRAParam(jax.ShapeDtypeStruct((stack.count, rank, n), jnp.float32))
+        *lead, n, k = part.weight.get_value().shape
+        part.weight.set_value(NF4Weight.abstract((*lead, n, k), True))
+        part.lora_a = nnx.LoRAParam(jax.ShapeDtypeStruct((*lead, k, rank), jnp.float32))
+        part.lora_b = nnx.LoRAParam(jax.ShapeDtypeStruct((*lead, rank, n), jnp.float32))
     model = CausalLM(module, hf_config=hf, source=Path())
     model.lora_config = LoraConfig(r=rank)
     return model

@@ -4,7 +4,8 @@
 
 Every case runs in a process of its own, since a device's peak of memory is never reset. A case reports the median of
 the timed steps, tokens/s (all tokens of the batch count), the peak that JAX's allocator saw, and the compiler's own
-account of the step's memory. Speed depends on the card: compare numbers of one run only.
+account of the step's memory, beside what lora_jax.plan estimates of both. Speed depends on the card: compare numbers
+of one run only.
 """
 
 import argparse
@@ -67,8 +68,12 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     import lora_jax
+    from lora_jax import plan
+    from lora_jax.cards import GIB, this_card
     from lora_jax.kernels.dispatch import using
     from lora_jax.optim import make_optimizer
+    from lora_jax.remat import RematPlan
+    from lora_jax.step import PlannedStep
     from lora_jax.tools.measure import trace_totals
 
     batch, length = map(int, args.case.split("x"))
@@ -76,16 +81,21 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     model = random_model(shape, nf4=not args.bf16)
     lora_jax.get_peft_model(model, r=args.rank, verbose=False)
     optimizer, _ = make_optimizer(lora_jax.SFTConfig(output_dir="unused", learning_rate=2e-4), 1000)
-    step = lora_jax.make_train_step(model, optimizer, remat=args.remat_one)
+    budget = args.memory_budget if args.remat_one == "auto" else None
+    step: Any = lora_jax.make_train_step(model, optimizer, remat=args.remat_one, memory_budget=budget)
     _, lora, frozen = model.split()
     opt_state = optimizer.init(lora)
     ids = jax.random.randint(jax.random.key(1), (1, batch, length), 0, shape["vocab_size"])
     data = {"input_ids": ids, "labels": ids}
+    arguments = (lora, opt_state, frozen, data)
     start = time.perf_counter()
     with using(**dict(pair.split("=") for pair in args.use)):
-        compiled = step.lower(lora, opt_state, frozen, data).compile()
+        planned = isinstance(step, PlannedStep)
+        compiled = step.compile(*arguments) if planned else step.lower(*arguments).compile()
     compile_s = time.perf_counter() - start
     analysis = compiled.memory_analysis()
+    chosen = step.plans[ids.shape] if planned else RematPlan.of(args.remat_one)
+    work, card = plan.of_step(model, *arguments), this_card()
     times, losses = [], []
     for _ in range(args.warmup + args.steps):
         start = time.perf_counter()
@@ -101,20 +111,22 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{ms:9.3f} ms  {calls:5} x  {name}", file=sys.stderr)
     seconds = float(np.median(times[args.warmup :]))
     stats = jax.devices()[0].memory_stats() or {}
-    gib = 2**30
     return {
         "model": args.model,
         "case": args.case,
         "remat": args.remat_one,
+        "plan": chosen.to_list(),
+        "estimated_ms": 1e3 * sum(plan.seconds(work, chosen, card).values()),
+        "estimated_gib": plan.memory(work, chosen, card).total / GIB,
         "base": "bf16" if args.bf16 else "nf4 (double-quantised)",
         "rank": args.rank,
         "use": args.use,
         "ms": 1e3 * seconds,
         "ms_min_max": [1e3 * min(times[args.warmup :]), 1e3 * max(times[args.warmup :])],
         "tokens_per_s": batch * length / seconds,
-        "peak_gib": stats.get("peak_bytes_in_use", 0) / gib,
-        "argument_gib": analysis.argument_size_in_bytes / gib,
-        "temp_gib": analysis.temp_size_in_bytes / gib,
+        "peak_gib": stats.get("peak_bytes_in_use", 0) / GIB,
+        "argument_gib": analysis.argument_size_in_bytes / GIB,
+        "temp_gib": analysis.temp_size_in_bytes / GIB,
         "compile_s": compile_s,
         "losses": losses,
     }
@@ -139,7 +151,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama3.1-8b", choices=SHAPES)
     parser.add_argument("--cases", nargs="+", default=["2x2048"], help="BATCHxTOKENS ...")
-    parser.add_argument("--remat", nargs="+", default=["full"], help="presets of lora_jax.remat")
+    parser.add_argument("--remat", nargs="+", default=["full"], help="presets of lora_jax.remat, or auto")
+    parser.add_argument("--memory-budget", help="for auto, such as 12GB; else all that JAX may take")
     parser.add_argument("--bf16", action="store_true", help="16-bit base weights instead of NF4")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--warmup", type=int, default=2)

@@ -69,7 +69,7 @@ def make_layer(seed, experts, top_k, normalize, shared):
 
     for _, module in nnx.iter_modules(layer):
         if isinstance(module, Linear):
-            lead, (n, k) = module.weight.get_value().shape[1:-2], module.features
+            *lead, n, k = value(module.weight).shape[1:]
             module.weight.set_value(draw(*lead, n, k))
             module.lora_a = nnx.LoRAParam(draw(*lead, 3, k).swapaxes(-1, -2))
             module.lora_b = nnx.LoRAParam(draw(*lead, n, 3).swapaxes(-1, -2))
@@ -92,7 +92,9 @@ def dense(layer, x):
     if layer.moe.normalize:
         scores /= scores.sum(axis=1, keepdims=True)
     parts = [weight(getattr(layer.experts, name)) for name in layer.moe.projections]
-    y = sum(scores[:, e, None] * mlp(x, *(part[e] for part in parts)) for e in range(layer.moe.num_experts))
+    y = jnp.zeros_like(x)
+    for e in range(layer.moe.num_experts):
+        y += scores[:, e, None] * mlp(x, *(part[e] for part in parts))
     if layer.moe.shared_size is None:
         return y
     shared = layer.shared_expert
@@ -117,10 +119,11 @@ def test_values_and_gradients_equal_a_dense_formula(tokens, experts, top_k, norm
             y = formula(nnx.merge(graph, lora, frozen), x)
             return (y * dy).sum(), y
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(lora, x)
+        (_, y), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(lora, x)
+        return y, grads
 
-    (_, got), got_grads = run(lambda layer, x: layer(x, context, jnp.int32(0)))
-    (_, want), want_grads = run(lambda layer, x: dense(layer, x[0])[None])
+    got, got_grads = run(lambda layer, x: layer(x, context, jnp.int32(0)))
+    want, want_grads = run(lambda layer, x: dense(layer, x[0])[None])
     # Float32 sums of up to 40 terms, one after the other.
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
     for got, want in zip(jax.tree.leaves(got_grads), jax.tree.leaves(want_grads), strict=True):
