@@ -65,15 +65,16 @@ def tiny_models(request, tmp_path_factory, oracle) -> tuple[Path, dict[str, np.n
 def test_tiny_models_equal_transformers(tiny_models, kind):
     folder, inputs, want = tiny_models
     model = tiny.open_model(folder / kind)
-    # Logits spread by 2; float32 through two or three layers of width 64 leaves some 1e-6.
+    # Logits spread by 2; float32 through two or three layers of width 64 leaves some 1e-6, at most 1.8e-5 on either
+    # side (llama-tied, against float64).
     for name in ("prompt_0", "prompt_1"):
         got = np.asarray(model.logits(inputs[name][None]))[0]
-        assert np.abs(got - want[f"{kind}/{name}"]).max() < 2e-5
+        assert np.abs(got - want[f"{kind}/{name}"]).max() < 4e-5
     if kind == "llama-rope-dynamic":
         return  # transformers stretches by the longest row of the batch with its padding, we without
     got = np.asarray(model.logits(inputs["padded_ids"], inputs["padded_mask"]))
     real = inputs["padded_mask"] == 1
-    assert np.abs(got - want[f"{kind}/padded_logits"])[real].max() < 2e-5
+    assert np.abs(got - want[f"{kind}/padded_logits"])[real].max() < 4e-5
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import optax
 import pytest
 import yaml
 
-from lora_jax import get_peft_model
+from lora_jax import SFTConfig, get_peft_model
 from lora_jax.remat import NAMES, PRESETS, RematPlan
 from lora_jax.step import make_train_step, sum_of_losses
 from tests import tiny
@@ -195,6 +195,8 @@ def test_a_plan_in_yaml():
     assert plan.resolve(8) == plan.resolve(10)[:1]
     assert RematPlan.of(yaml.safe_load(yaml.safe_dump(plan.to_list()))) == plan
     assert str(plan) == "8 layers: save input attention attention_lse gate; the rest: offload input"
+    settings = yaml.safe_load("gradient_checkpointing: [{layers: rest, gate: save}]")
+    assert RematPlan.of(SFTConfig.from_dict(settings).remat) == RematPlan(((None, {"gate": "save"}),))
     for name, preset in PRESETS.items():
         assert RematPlan.of(name) == RematPlan.of(preset.to_list()) == preset
         assert str(preset) == name

@@ -146,7 +146,10 @@ def _chunk_loss(logits, labels):
 
 
 def _log_sum_exp(logits):
-    """jax.nn.logsumexp over the last axis of [C, V], reading the logits once: maximum and sum in one reduction."""
+    """jax.nn.logsumexp over the last axis of [C, V], reading the logits once: maximum and sum in one reduction.
+
+    In two steps, because XLA adds up one by one on a CPU: after 49,152 terms the loss was 1e-4 too low.
+    """
 
     def combine(one, other):
         (max_one, sum_one), (max_other, sum_other) = one, other
@@ -154,7 +157,11 @@ def _log_sum_exp(logits):
         return top, sum_one * jnp.exp(max_one - top) + sum_other * jnp.exp(max_other - top)
 
     start = (jnp.float32(-1e30), jnp.float32(0))  # finite, for -inf less -inf is NaN
-    top, total = jax.lax.reduce((logits, jnp.ones_like(logits)), start, combine, (1,))
+    rows, vocab = logits.shape
+    width = max(d for d in range(1, min(vocab, 512) + 1) if vocab % d == 0)
+    parts = logits.reshape(rows, vocab // width, width)
+    parts = jax.lax.reduce((parts, jnp.ones_like(parts)), start, combine, (2,))
+    top, total = jax.lax.reduce(parts, start, combine, (1,))
     return top + jnp.log(total)
 
 
