@@ -104,7 +104,6 @@ def generate(
     stops = stop_ids(model) if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int32)).tolist()
     pad = pad_token_id if pad_token_id is not None else (stops[0] if stops else 0)
 
-
     graph, lora, frozen = model.split()
     forward = _jitted(model, "forward", graph, _forward(graph), donate_argnums=4)
     choose = _sample if do_sample else _greedy
