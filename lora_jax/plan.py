@@ -60,8 +60,9 @@ class Workload:
         """Bytes of each named tensor of a layer (lora_jax.remat.NAMES) for one micro-batch."""
         w = layer_widths(self.config, layer)
         features = {"input": w.hidden, "q": w.q, "k": w.k, "v": w.v, "attention": w.attention, "residual": w.hidden}
-        padded = max(16, _power_of_two(self.rank))  # as kernels/nf4/triton_adapter.py pads ranks
-        thin = _power_of_two(3 * padded) + _power_of_two(2 * padded) + padded
+        # Of q, k and v together, gate and up together, and down, with ranks padded as triton_adapter.py does; and of o.
+        padded = max(16, _power_of_two(self.rank))
+        thin = _power_of_two(3 * padded) + _power_of_two(2 * padded) + padded + self.rank
         features |= {"gate": w.mlp, "up": w.mlp, "thin": thin}
         sizes = {name: self.tokens * n * self.itemsize for name, n in features.items()}
         sizes["attention_lse"] = 4 * self.tokens * self.config.num_heads
