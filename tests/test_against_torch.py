@@ -229,7 +229,8 @@ def test_peft_loads_our_adapter(adapted, smollm2, oracle, tmp_path):
     want = np.load(tmp_path / "out.npz")["prompt_0"]
     got = np.asarray(model.logits(ids[None]))[0]
     print("difference", np.abs(got - want).max(), "effect of the adapter", np.abs(want - base).max())
-    assert np.abs(got - want).max() <= 1e-4
+    # As for the base model. On a CPU with AVX-512 XLA's float32 logits are 1.5e-4 from a float64 run and torch's 6e-5.
+    assert np.abs(got - want).max() <= 2e-4
     assert np.abs(want - base).max() > 0.1
 
 
