@@ -31,6 +31,7 @@ from lora_jax.remat import NAMES, PRESETS, RematPlan
 from lora_jax.step import PlannedStep, make_train_step, sum_of_losses
 from lora_jax.tools.bench_step import SHAPES
 from tests import tiny
+from tests.jaxprs import equations
 
 H100 = card_of("H100")
 LLAMA_8B = {"architectures": ["LlamaForCausalLM"], **SHAPES["llama3.1-8b"]}
@@ -124,15 +125,6 @@ def test_bytes_of_named_tensors_are_those_of_the_program(tmp_path):
             found[eqn.params["name"]] += aval.size * aval.dtype.itemsize
     want = plan.of_config(hf, LoraConfig(r=12), 2, 64).named_bytes(0)
     assert found == want
-
-
-def equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 OTHERS = {

@@ -13,6 +13,7 @@ from lora_jax import SFTConfig, get_peft_model
 from lora_jax.remat import NAMES, PRESETS, RematPlan
 from lora_jax.step import make_train_step, sum_of_losses
 from tests import tiny
+from tests.jaxprs import equations
 
 LAYERS = 4
 EVERYTHING, KEPT = {"*": "save"}, dict.fromkeys(NAMES, "save")
@@ -88,15 +89,6 @@ def test_groups_of_a_plan_may_cut_across_stacks(quantized):
 
 
 # ---- what is kept -------------------------------------------------------------------------------------------------
-
-
-def equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def kept(model, remat):

@@ -14,7 +14,7 @@ from lora_jax.kernels.dispatch import on_gpu, resolve, tuning, why_not_hopper
 from lora_jax.kernels.nf4 import xla
 from lora_jax.kernels.nf4.format import NF4Weight
 
-__all__ = ["lora_matmul"]
+__all__ = ["choose", "lora_matmul"]
 
 
 def lora_matmul(
@@ -62,7 +62,7 @@ def lora_matmul(
     if dropout_rate and dropout_key is None:
         raise ValueError(f"lora_matmul: dropout_rate={dropout_rate} needs a dropout_key")
     rows = x.reshape(-1, k)
-    chosen = _choose(rows, w, a, implementation)
+    chosen = choose(rows, w, a, implementation)
     if a is None or b is None:
         y = _base(rows, w, chosen)
     else:
@@ -70,7 +70,7 @@ def lora_matmul(
     return y.reshape(*x.shape[:-1], n)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class _Choice(NamedTuple):
+class Choice(NamedTuple):
     """Who computes what; hashable, so that custom_vjp can carry it."""
 
     forward: str
@@ -78,7 +78,7 @@ class _Choice(NamedTuple):
     tiles: Hashable = None  # of "triton_in_loop" in forward; None for its own choice
 
 
-def _choose(x, w, a, implementation) -> _Choice:
+def choose(x, w, a, implementation) -> Choice:
     """The implementations for x [M, K] and a weight; only kernels that come into question are imported."""
     tuned = _tuned(x.shape[0], *w.shape)
     names = []
@@ -87,17 +87,17 @@ def _choose(x, w, a, implementation) -> _Choice:
         for name in ("triton", "triton_in_loop", "mosaic"):
             supported[name] = functools.partial(_why_not, name, direction, x, w, a)
         names.append(resolve("lora_matmul", implementation, supported, on_gpu(first, "triton")))
-    return _Choice(*names, tuned.tiles if names[0] == "triton_in_loop" else None)
+    return Choice(*names, tuned.tiles if names[0] == "triton_in_loop" else None)
 
 
-def _tuned(m, n, k) -> _Choice:
+def _tuned(m, n, k) -> Choice:
     """What was measured to be fastest on this GPU for the nearest shape; where nothing was measured, the prologue."""
     shapes = tuning("lora_matmul")
     if not shapes:
-        return _Choice("triton", "triton")
+        return Choice("triton", "triton")
     nearest = min(shapes, key=lambda one: abs(math.log(one["n"] / n)) + abs(math.log(one["k"] / k)))
     row = next(row for row in nearest["rows"] if row["m"] is None or m <= row["m"])
-    return _Choice(row["forward"], row["dx"], tuple(sorted(row.get("tiles", {}).items())) or None)
+    return Choice(row["forward"], row["dx"], tuple(sorted(row.get("tiles", {}).items())) or None)
 
 
 def _why_not(name, direction, x, w, a) -> str | None:
@@ -166,10 +166,7 @@ def _lora_bwd(scale, rate, choice, residuals, dy):
     x, w, a, b, key, thin = residuals
     a16, b16 = a.astype(x.dtype), (scale * b).astype(x.dtype)
     dropped = _dropout(x, key, rate)
-    if key is None:
-        dx, dthin = _module(choice.dx).input_gradient(dy, w, a16, b16)
-    else:
-        dx, dthin = None, None
+    dx, dthin = _module(choice.dx).input_gradient(dy, w, a16, b16) if key is None else (None, None)
     if dthin is None:
         dthin = _dot(dy, b16.T).astype(x.dtype)  # [M, R]
     if dx is None:

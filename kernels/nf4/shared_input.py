@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.kernels.dispatch import on_gpu, resolve
 from lora_jax.kernels.nf4.format import NF4Weight
-from lora_jax.kernels.nf4.matmul import _choose, lora_matmul
+from lora_jax.kernels.nf4.matmul import choose, lora_matmul
 
 __all__ = ["Projection", "lora_matmuls", "preference", "project"]
 
@@ -81,7 +81,7 @@ def preference(x: jax.Array, projections: Sequence[Projection]) -> tuple[str, ..
     For few rows that is another form, which decodes the weight inside the matmul.
     """
     names = on_gpu("triton")
-    if names == ("xla",) or any(set(_choose(x, p.w, p.a, None)[:2]) != {"triton"} for p in projections):
+    if names == ("xla",) or any(set(choose(x, p.w, p.a, None)[:2]) != {"triton"} for p in projections):
         return ("xla",)
     return names
 

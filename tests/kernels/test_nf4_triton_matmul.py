@@ -135,14 +135,14 @@ def test_the_tuning_table_chooses(monkeypatch):
     monkeypatch.setattr(matmul, "tuning", lambda op: table)
     monkeypatch.setattr(matmul, "on_gpu", lambda *names: (*names, "xla"))
     x, _, w, a, _ = problem(5, 64, 128, 4, True)
-    assert matmul._choose(x[:4], w, a, None) == ("triton_in_loop", "triton", (("bn", 128),))
-    assert matmul._choose(x, w, a, None) == ("triton", "xla", None)
-    assert matmul._choose(x, w, a, "triton_in_loop") == ("triton_in_loop", "triton_in_loop", None)
+    assert matmul.choose(x[:4], w, a, None) == ("triton_in_loop", "triton", (("bn", 128),))
+    assert matmul.choose(x, w, a, None) == ("triton", "xla", None)
+    assert matmul.choose(x, w, a, "triton_in_loop") == ("triton_in_loop", "triton_in_loop", None)
     with dispatch.using(lora_matmul="triton"):
-        assert matmul._choose(x[:4], w, a, None) == ("triton", "triton", None)
-    assert matmul._choose(x.astype(jnp.float32), w, a, None) == ("xla", "xla", None)  # the kernels refuse float32
+        assert matmul.choose(x[:4], w, a, None) == ("triton", "triton", None)
+    assert matmul.choose(x.astype(jnp.float32), w, a, None) == ("xla", "xla", None)  # the kernels refuse float32
     _, _, wide, _, _ = problem(5, 1024, 512, 0, True)  # Mosaic is nearest, and refused without a Hopper GPU
-    assert matmul._choose(problem(5, 1024, 512, 0, True)[0], wide, None, None) == ("triton", "triton", None)
+    assert matmul.choose(problem(5, 1024, 512, 0, True)[0], wide, None, None) == ("triton", "triton", None)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
