@@ -28,6 +28,7 @@ def sum_of_losses(
     batch: Batch,
     *,
     remat: str | RematPlan = "none",
+    scan_layers: bool = True,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the cross-entropies of a batch, in nats, and the number of its label tokens.
@@ -37,12 +38,14 @@ def sum_of_losses(
       batch: int32 [B, T] each: "input_ids"; "labels" (the token itself, or -100 for no loss; shifted in here);
         optional "positions" and "segment_start" for packed rows, see lora_jax.data.
       remat: what backward recomputes: a preset or a plan, see `lora_jax.remat`.
+      scan_layers: False to write all layers out: faster, and longer to compile.
       dropout_key: None for no dropout.
     """
     model = nnx.merge(graph, lora, frozen)
     ids, labels = batch["input_ids"], batch["labels"]
-    groups = RematPlan.of(remat).wrappers(model.config.num_layers)
-    x, _ = model(ids, batch.get("positions"), batch.get("segment_start"), checkpoint=groups, dropout_key=dropout_key)
+    groups = RematPlan.of(remat).wrappers(model.config.num_layers, scan_layers)
+    rows = batch.get("positions"), batch.get("segment_start")
+    x, _ = model(ids, *rows, checkpoint=groups, scan=scan_layers, dropout_key=dropout_key)
     # The state at t predicts the token at t + 1; the first token of a packed document carries no label.
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
     return linear_cross_entropy(x.reshape(-1, x.shape[-1]), model.head(), targets.reshape(-1))
@@ -57,6 +60,7 @@ def train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     remat: str | RematPlan = "none",
+    scan_layers: bool = True,
     dropout: bool = False,
 ) -> tuple[nnx.State, optax.OptState, dict[str, Any]]:
     """One optimizer step over A micro-batches; pure, so it can be jitted, differentiated or sharded.
@@ -71,6 +75,7 @@ def train_step(
       graph: from `CausalLM.split`.
       optimizer: any optax transformation.
       remat: what backward recomputes: a preset or a plan, see `lora_jax.remat`.
+      scan_layers: False to write all layers out: faster, and longer to compile.
       dropout: whether the adapters' dropout is on.
 
     Returns:
@@ -85,7 +90,8 @@ def train_step(
         micro_key = None if key is None else jax.random.fold_in(key, index)
 
         def loss_of(lora):
-            return sum_of_losses(graph, lora, frozen, micro, remat=remat, dropout_key=micro_key)
+            how: Any = dict(remat=remat, scan_layers=scan_layers, dropout_key=micro_key)
+            return sum_of_losses(graph, lora, frozen, micro, **how)
 
         (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(lora)
         return jax.tree.map(jnp.add, carry, (loss, count, grads)), None
@@ -115,6 +121,7 @@ def make_train_step(
     *,
     remat: str | RematPlan | Sequence[Mapping[str, Any]] = "full",
     memory_budget: str | int | None = None,
+    scan_layers: bool = True,
 ) -> Callable:
     """`train_step` jitted for one model: step(lora, opt_state, frozen, batch) -> (lora, opt_state, metrics).
 
@@ -127,26 +134,29 @@ def make_train_step(
         fits, for each shape of batch (see `PlannedStep`).
       memory_budget: for "auto", what the step may take of the device: bytes, or text such as "20GB"; None for all that
         JAX may take.
+      scan_layers: False to write all layers out in the compiled program, for a step that is faster and takes longer to
+        compile; True for a loop.
 
     Raises:
       ValueError: no such preset, a plan for another number of layers, or "auto" on a device that does not say how much
         memory it has, without a budget.
     """
     if remat == "auto":
-        return PlannedStep(model, optimizer, budget_of(memory_budget))
+        return PlannedStep(model, optimizer, budget_of(memory_budget), scan_layers)
     if memory_budget is not None:
         raise ValueError(f'memory_budget={memory_budget!r} is for remat="auto", got remat={remat!r}')
     plan = RematPlan.of(remat)
     plan.resolve(model.config.num_layers)
-    return _jitted(model, optimizer, plan)
+    return _jitted(model, optimizer, plan, scan_layers)
 
 
-def _jitted(model: "CausalLM", optimizer: optax.GradientTransformation, plan: RematPlan) -> Any:
+def _jitted(model: "CausalLM", optimizer: optax.GradientTransformation, plan: RematPlan, scan_layers: bool) -> Any:
     graph, _, _ = model.split()
     dropout = model.lora_config is not None and model.lora_config.lora_dropout > 0
 
     def step(lora, opt_state, frozen, batch):
-        return train_step(lora, opt_state, frozen, batch, graph=graph, optimizer=optimizer, remat=plan, dropout=dropout)
+        how: Any = dict(remat=plan, scan_layers=scan_layers, dropout=dropout)
+        return train_step(lora, opt_state, frozen, batch, graph=graph, optimizer=optimizer, **how)
 
     return jax.jit(step, donate_argnums=(0, 1))
 
@@ -161,8 +171,11 @@ class PlannedStep:
       plans: by shape of batch [A, B, T], the plan that was chosen.
     """
 
-    def __init__(self, model: "CausalLM", optimizer: optax.GradientTransformation, budget: int):
+    def __init__(
+        self, model: "CausalLM", optimizer: optax.GradientTransformation, budget: int, scan_layers: bool = True
+    ):
         self.plans: dict[tuple[int, ...], RematPlan] = {}
+        self._scan_layers = scan_layers
         self._model, self._optimizer, self._budget, self._compiled = model, optimizer, budget, {}
 
     def __call__(self, lora, opt_state, frozen, batch):
@@ -189,7 +202,7 @@ class PlannedStep:
                 plan = choose(work, card, target)
             except MemoryError as error:
                 raise MemoryError(f"{error}{more}") from None
-            compiled = _jitted(self._model, self._optimizer, plan).lower(*arguments).compile()
+            compiled = _jitted(self._model, self._optimizer, plan, self._scan_layers).lower(*arguments).compile()
             if (used := bytes_held(compiled)) <= self._budget:
                 return plan, compiled
             target = memory(work, plan, card).total - (used - self._budget)  # below it, so the next plan is another

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.kernels.attention import flash_attention
 from lora_jax.kernels.loss import Head
+from lora_jax.kernels.nf4.format import BLOCK, NF4Layer, NF4Weight
 from lora_jax.kernels.nf4.mlp import ACTIVATIONS, lora_mlp
 from lora_jax.kernels.nf4.shared_input import lora_matmuls
 from lora_jax.kernels.rope import RopeConfig, apply_rope, rope_tables
@@ -298,6 +299,7 @@ class Decoder(nnx.Module):
         *,
         cache: Cache | None = None,
         checkpoint: Sequence[tuple[int, Callable | None]] | None = None,
+        scan: bool = True,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states after the final norm, with the factor of the logits; `head()` turns them into logits.
@@ -309,6 +311,8 @@ class Decoder(nnx.Module):
           cache: keys and values of earlier tokens; these tokens are appended.
           checkpoint: for each group of consecutive layers how many there are and what wraps the function of one layer,
             as `jax.checkpoint` does (lora_jax.remat); None, for a group or at all, keeps everything for backward.
+          scan: whether the layers are a loop of the compiled program, or written out one after the other: that takes
+            longer to compile, and spares the copies into and out of the loop's arrays.
           dropout_key: key for the adapters' dropout; None for no dropout.
 
         Returns:
@@ -325,7 +329,7 @@ class Decoder(nnx.Module):
         if cache is None:
             groups = [(self.config.num_layers, None)] if checkpoint is None else checkpoint
             for stack, start, count, wrapper in _pieces(self.layers, groups):
-                x = _run_stack(stack, start, count, x, context, wrapper)
+                x = _run_stack(stack, start, count, x, context, wrapper, scan)
             return scaled(self.norm(x), self.config.logit_scale), None
         keys, values = [], []
         for stack, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
@@ -459,7 +463,7 @@ def _pieces(stacks: Iterable[Block], groups: Sequence[tuple[int, Callable | None
             yield stack, run[0] - stack.first, len(run), groups[number][1]
 
 
-def _run_stack(stack: Block, start: int, count: int, x: jax.Array, context: Context, wrapper: Callable | None):
+def _run_stack(stack: Block, start: int, count: int, x: jax.Array, context: Context, wrapper, scan: bool):
     """Runs `count` layers of a stack, from its entry `start` on: x [B, T, D] -> [B, T, D].
 
     To cut the frozen weights would copy them, so every layer takes its own out of the whole stack, inside of what
@@ -471,18 +475,56 @@ def _run_stack(stack: Block, start: int, count: int, x: jax.Array, context: Cont
 
     def layer(x, index, trained, weights=None):
         x = checkpoint_name(x, "input")
-        weights = jax.tree.map(lambda leaf: _entry(leaf, index), frozen) if weights is None else weights
+        weights = (
+            jax.tree.map(lambda leaf: _entry(leaf, index), frozen, is_leaf=_is_nf4) if weights is None else weights
+        )
         return nnx.merge(graph, trained, weights)(x, context, stack.first + index, lambda k, v: (k, v, None))[0]
 
     def part(state):
         return state if count == stack.count else jax.tree.map(lambda leaf: leaf[start : start + count], state)
 
+    if not scan:
+        # The gradients of `split` are put together by one concatenation, those of slices would be added up.
+        entries = [jax.lax.split(leaf, (1,) * count) for leaf in jax.tree.leaves(part(trained))]
+        layer = jax.jit(layer)  # traced once
+        wrapped = layer if wrapper is None else wrapper(layer)
+        for i in range(count):
+            x, leaves = _together(x, [entry[i].squeeze(0) for entry in entries])
+            x = wrapped(x, jnp.int32(start + i), jax.tree.unflatten(jax.tree.structure(trained), leaves))
+        return x
     xs = (start + jnp.arange(count), part(trained))
     wrapped, xs = (layer, (*xs, part(frozen))) if wrapper is None else (wrapper(layer), xs)
     return jax.lax.scan(lambda x, xs: (wrapped(x, *xs), None), x, xs)[0]
 
 
-def _entry(leaf: jax.Array, index: jax.Array) -> jax.Array:
+@jax.custom_vjp
+def _together(x, leaves):
+    """The same; in backward no gradient goes on before all of them are there."""
+    return x, leaves
+
+
+def _together_fwd(x, leaves):
+    return (x, leaves), None
+
+
+def _together_bwd(_, gradients):
+    # Else the compiler puts off the gradients of the adapters, and keeps what they are computed from, of all layers.
+    return jax.lax.optimization_barrier(gradients)
+
+
+_together.defvjp(_together_fwd, _together_bwd)
+
+
+def _is_nf4(leaf) -> bool:
+    return isinstance(leaf, NF4Weight)
+
+
+def _entry(leaf, index: jax.Array):
+    """Entry `index` of a stack of arrays or NF4 weights; a single NF4 weight stays where it is, for the kernels."""
+    if _is_nf4(leaf):
+        if len(leaf.shape) == 3 and leaf.shape[-1] % BLOCK == 0:
+            return NF4Layer(leaf, index)
+        return jax.tree.map(lambda part: _entry(part, index), leaf)
     return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False, allow_negative_indices=False)
 
 

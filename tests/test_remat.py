@@ -49,17 +49,17 @@ def quantized(tmp_path_factory):
     return model
 
 
-def loss_and_gradients(model, remat, dropout=True):
+def loss_and_gradients(model, remat, dropout=True, scan_layers=True):
     graph, lora, frozen = model.split()
     ids = jnp.asarray(tiny.ids(2, 23))
     batch = {"input_ids": ids, "labels": ids}
     key = jax.random.key(5) if dropout else None
 
+    how = dict(remat=remat, dropout_key=key, scan_layers=scan_layers)
+
     @jax.jit
     def run(lora, frozen):
-        return jax.value_and_grad(
-            lambda lora: sum_of_losses(graph, lora, frozen, batch, remat=remat, dropout_key=key)[0]
-        )(lora)
+        return jax.value_and_grad(lambda lora: sum_of_losses(graph, lora, frozen, batch, **how)[0])(lora)
 
     return run(lora, frozen)
 
@@ -81,6 +81,13 @@ def test_no_plan_changes_loss_or_gradients(adapted):
     del plans["none"]
     for name, plan in plans.items():
         assert_equal_results(loss_and_gradients(adapted, plan), want, exact=name != "groups of one")
+
+
+@pytest.mark.parametrize("plan", ["none", "full", "offload", MIXED["groups of one"]], ids=str)
+def test_layers_written_out_give_the_same(quantized, plan):
+    """One stack of them is cut by the last plan, and one layer has no adapter."""
+    want = loss_and_gradients(quantized, "none")
+    assert_equal_results(loss_and_gradients(quantized, plan, scan_layers=False), want, exact=False)
 
 
 def test_groups_of_a_plan_may_cut_across_stacks(quantized):

@@ -323,35 +323,33 @@ def experts() -> None:
 
     from lora_jax.kernels.grouped import grouped_lora_matmul  # pyright: ignore[reportMissingImports]
 
-    def stack(n, k):
-        layers = [nf4_weight(seed, n, k) for seed in range(8)]
+    def stack(seed, n, k):
+        layers = [nf4_weight(seed + i, n, k) for i in range(8)]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
     rows = 8192
     routed = jax.random.randint(jax.random.key(5), (rows,), 0, 8)
     sizes = jnp.bincount(routed, length=8).astype(jnp.int32)
-    up, down = stack(F, D), stack(D, F)
-    factors = {
-        (n, k): (normal(1, (8, k, 16), 0.02, "float32"), normal(2, (8, 16, n), 0.02, "float32"))
-        for n, k in ((F, D), (D, F))
-    }
-    x = normal(3, (rows, D))
-    for name in ("xla", "triton", None):
+    weights = stack(0, F, D), stack(8, F, D), stack(16, D, F)  # gate, up, down
+    factors = [
+        (normal(1, (8, k, 16), 0.02, "float32"), normal(2, (8, 16, n), 0.02, "float32"))
+        for n, k in ((F, D), (F, D), (D, F))
+    ]
+    x, h, dy = normal(3, (rows, D)), normal(4, (rows, F)), normal(5, (rows, D))
+    for name in ("xla", "triton", "mosaic", None):
 
-        def layer(x, up, down, factors, name=name):
+        def layer(x, h, weights, factors, name=name):
             call = functools.partial(grouped_lora_matmul, group_sizes=sizes, scale=1.0, implementation=name)
-            (ua, ub), (da, db) = factors[F, D], factors[D, F]
-            gate = call(x, up, a=ua, b=ub)
-            raised = call(x + 1, up, a=ua, b=ub)
-            return call(gate * raised, down, a=da, b=db)
+            return tuple(call(v, w, a=a, b=b) for v, w, (a, b) in zip((x, x, h), weights, factors, strict=True))
 
-        def both(x, up, down, factors, layer=layer):
-            out, pull = jax.vjp(lambda x: layer(x, up, down, factors), x)
-            return out, pull(out)
+        def both(x, h, dy, weights, factors, layer=layer):
+            out, pull = jax.vjp(lambda x, h: layer(x, h, weights, factors), x, h)
+            return out, pull((h, h, dy))
 
-        label, sets, flops = name or "chosen", [(x, up, down, factors)], 6 * rows * D * F
+        label, sets, flops = name or "chosen", [(x, h, weights, factors)], 6 * rows * D * F
+        dys = [(x, h, dy, weights, factors)]
         report("MoE, 3 grouped matmuls, forward", "8 experts, 8192 rows", label, layer, sets, flops=flops)
-        report("MoE, 3 grouped matmuls, fwd + dx", "8 experts, 8192 rows", label, both, sets, flops=2 * flops)
+        report("MoE, 3 grouped matmuls, fwd + dx", "8 experts, 8192 rows", label, both, dys, flops=2 * flops)
 
 
 GROUPS: dict[str, Callable[[], None]] = {

@@ -82,7 +82,9 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     lora_jax.get_peft_model(model, r=args.rank, verbose=False)
     optimizer, _ = make_optimizer(lora_jax.SFTConfig(output_dir="unused", learning_rate=2e-4), 1000)
     budget = args.memory_budget if args.remat_one == "auto" else None
-    step: Any = lora_jax.make_train_step(model, optimizer, remat=args.remat_one, memory_budget=budget)
+    step: Any = lora_jax.make_train_step(
+        model, optimizer, remat=args.remat_one, memory_budget=budget, scan_layers=not args.unroll
+    )
     _, lora, frozen = model.split()
     opt_state = optimizer.init(lora)
     ids = jax.random.randint(jax.random.key(1), (1, batch, length), 0, shape["vocab_size"])
@@ -121,6 +123,7 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         "base": "bf16" if args.bf16 else "nf4 (double-quantised)",
         "rank": args.rank,
         "use": args.use,
+        "scan_layers": not args.unroll,
         "ms": 1e3 * seconds,
         "ms_min_max": [1e3 * min(times[args.warmup :]), 1e3 * max(times[args.warmup :])],
         "tokens_per_s": batch * length / seconds,
@@ -160,6 +163,7 @@ def main() -> None:
     parser.add_argument(
         "--use", nargs="+", default=[], metavar="OP=IMPLEMENTATION", help="such as flash_attention=triton"
     )
+    parser.add_argument("--unroll", action="store_true", help="write all layers out instead of a loop")
     parser.add_argument("--trace", help="folder for a profiler trace of one step")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--case", help=argparse.SUPPRESS)

@@ -21,7 +21,9 @@ __all__ = [
     "BLOCK",
     "CODE",
     "NESTED_BLOCK",
+    "NF4Layer",
     "NF4Weight",
+    "cut",
     "dequantize",
     "dequantize_absmax",
     "dynamic_map",
@@ -129,6 +131,35 @@ class NF4Weight:
             return NF4Weight(packed, make(absmax, np.float32))  # pyright: ignore[reportArgumentType]
         nested = (make((*lead, -(-blocks // NESTED_BLOCK)), np.float32), make((*lead,), np.float32))
         return NF4Weight(packed, make(absmax, np.uint8), *nested, make((*lead, 256), np.float32))  # pyright: ignore
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NF4Layer:
+    """One weight [N, K] of a stack that is not cut out of it: a kernel that can reads it where it lies.
+
+    To cut it out would be a copy in every layer, since a kernel's operands are whole arrays.
+    """
+
+    stack: NF4Weight  # [L, N, K]
+    index: jax.Array  # int32 []
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical shape [N, K]."""
+        return self.stack.shape[1:]  # pyright: ignore[reportReturnType]
+
+    def cut(self) -> NF4Weight:
+        """The weight in arrays of its own."""
+        take = functools.partial(
+            jax.lax.dynamic_index_in_dim, index=self.index, keepdims=False, allow_negative_indices=False
+        )
+        return jax.tree.map(take, self.stack)
+
+
+def cut(w):
+    """An NF4Layer as an NF4Weight; anything else as it is."""
+    return w.cut() if isinstance(w, NF4Layer) else w
 
 
 def quantize(w: jax.Array, double_quantize: bool = True) -> NF4Weight:

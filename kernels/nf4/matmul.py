@@ -12,14 +12,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.kernels.dispatch import on_gpu, resolve, tuning, why_not_hopper
 from lora_jax.kernels.nf4 import xla
-from lora_jax.kernels.nf4.format import NF4Weight
+from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight, cut
 
 __all__ = ["choose", "lora_matmul"]
 
 
 def lora_matmul(
     x: jax.Array,
-    w: jax.Array | NF4Weight,
+    w: jax.Array | NF4Weight | NF4Layer,
     a: jax.Array | None = None,
     b: jax.Array | None = None,
     scale: float = 1.0,
@@ -35,7 +35,7 @@ def lora_matmul(
 
     Args:
       x: activations [..., K], bfloat16 or float32; matmuls run in this dtype and accumulate in float32.
-      w: base weight [N, K], an array or an NF4Weight.
+      w: base weight [N, K], an array or an NF4Weight, alone or as a layer of a stack.
       a, b: LoRA factors [K, R] and [R, N], usually float32; both None for no adapter.
       scale: factor of the adapter's product, alpha / R in the paper.
       dropout_rate: probability in [0, 1) that an input element of the adapter is zeroed; needs `dropout_key`.
@@ -63,6 +63,7 @@ def lora_matmul(
         raise ValueError(f"lora_matmul: dropout_rate={dropout_rate} needs a dropout_key")
     rows = x.reshape(-1, k)
     chosen = choose(rows, w, a, implementation)
+    w = w if set(chosen[:2]) == {"triton"} else cut(w)
     if a is None or b is None:
         y = _base(rows, w, chosen)
     else:
@@ -105,6 +106,7 @@ def _why_not(name, direction, x, w, a) -> str | None:
         from lora_jax.kernels.nf4 import triton
 
         return triton.why_not(x, w, a)
+    w = cut(w)  # a question costs nothing: what is not used is not computed
     if name == "triton_in_loop":
         from lora_jax.kernels.nf4 import triton_matmul
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.kernels.dispatch import on_gpu, resolve
-from lora_jax.kernels.nf4.format import NF4Weight
+from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight
 from lora_jax.kernels.nf4.matmul import choose, lora_matmul
 
 __all__ = ["Projection", "lora_matmuls", "preference", "project"]
@@ -19,7 +19,7 @@ __all__ = ["Projection", "lora_matmuls", "preference", "project"]
 class Projection(NamedTuple):
     """A frozen linear layer and its adapter: y = x W^T + scale (dropout(x) A) B + bias."""
 
-    w: jax.Array | NF4Weight  # [N, K]
+    w: jax.Array | NF4Weight | NF4Layer  # [N, K]
     a: jax.Array | None = None  # [K, R]
     b: jax.Array | None = None  # [R, N]
     scale: float = 1.0

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lora_jax.kernels import dispatch
-from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Weight, select
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Layer, NF4Weight, select
 
 __all__ = ["asm", "dequantize", "lane_table", "load_absmax", "why_not"]
 
@@ -28,14 +28,14 @@ _TILE = 2048  # bytes of a row that one program decodes
 _BYTES = 2048  # bytes of all its rows: 8 for each of 256 threads
 
 
-def why_not(x: jax.Array, w: jax.Array | NF4Weight, a: jax.Array | None = None) -> str | None:
+def why_not(x: jax.Array, w: jax.Array | NF4Weight | NF4Layer, a: jax.Array | None = None) -> str | None:
     """Why these kernels cannot serve x [M, K] and w [N, K] with an adapter a [K, R], or None."""
-    if not isinstance(w, NF4Weight):
+    if not isinstance(w, NF4Weight | NF4Layer):
         return "the weight is not NF4"
     n, k = w.shape
     if x.dtype != jnp.bfloat16:
         return f"it computes in bfloat16, x is {x.dtype}"
-    if k % BLOCK or w.absmax.ndim != 2:
+    if k % BLOCK or (isinstance(w, NF4Weight) and w.absmax.ndim != 2):
         return f"a row of K = {k} weights must be whole blocks of {BLOCK}"
     # A dot of fewer than 16 elements compiles for a GPU, to wrong numbers.
     if a is not None and k > n and n % 16:
@@ -45,7 +45,9 @@ def why_not(x: jax.Array, w: jax.Array | NF4Weight, a: jax.Array | None = None) 
     return None
 
 
-def dequantize(*weights: NF4Weight, beside: jax.Array | None = None, below: jax.Array | None = None) -> jax.Array:
+def dequantize(
+    *weights: NF4Weight | NF4Layer, beside: jax.Array | None = None, below: jax.Array | None = None
+) -> jax.Array:
     """Decodes weights to bfloat16, one below the other, with room for adapters that the same kernel copies in.
 
     Args:
@@ -56,7 +58,7 @@ def dequantize(*weights: NF4Weight, beside: jax.Array | None = None, below: jax.
     Returns:
       bfloat16 [N, K], [N, K + E] or [N + E, K].
     """
-    counts, half = [w.packed.shape[0] for w in weights], weights[0].packed.shape[1]
+    counts, half = [w.shape[0] for w in weights], weights[0].shape[1] // 2
     n, tile = sum(counts), math.gcd(half, _TILE)
     rows = math.gcd(*counts, _BYTES // tile)
     grid, shape = (n // rows, half // tile), (n, half)
@@ -68,7 +70,7 @@ def dequantize(*weights: NF4Weight, beside: jax.Array | None = None, below: jax.
         extra = [_as_pairs(below)]
         rows = math.gcd(rows, below.shape[0])
         grid, shape = ((n + below.shape[0]) // rows, half // tile), (n + below.shape[0], half)
-    arrays = [_arrays(w) for w in weights]
+    arrays = [_arrays(_small_enough(w)) for w in weights]
     sizes = tuple(len(one) for one in arrays)
     # Pairs of bfloat16 are written as 32-bit words; the bit casts around the kernel cost nothing.
     pairs = pl.pallas_call(
@@ -82,11 +84,18 @@ def dequantize(*weights: NF4Weight, beside: jax.Array | None = None, below: jax.
     return jax.lax.bitcast_convert_type(pairs, jnp.bfloat16).reshape(shape[0], 2 * shape[1])
 
 
-def _arrays(w: NF4Weight) -> list[jax.Array]:
-    """[codes, scales], and what double-quantised scales are decoded with."""
+def _small_enough(w: NF4Weight | NF4Layer) -> NF4Weight | NF4Layer:
+    """Pallas counts in 64 bits where an array is larger than 2^32 bytes, but 2^31 are too many for 32."""
+    return w.cut() if isinstance(w, NF4Layer) and 2**31 <= w.stack.packed.size <= 2**32 else w
+
+
+def _arrays(w: NF4Weight | NF4Layer) -> list[jax.Array]:
+    """[codes, scales], what double-quantised scales are decoded with, and the index in the stack if it is in one."""
+    index = [w.index.reshape(1)] if isinstance(w, NF4Layer) else []
+    w = w.stack if isinstance(w, NF4Layer) else w
     if w.nested_absmax is None or w.nested_offset is None or w.nested_code is None:
-        return [w.packed, w.absmax]
-    return [w.packed, w.absmax, w.nested_absmax, w.nested_offset.reshape(1), w.nested_code]
+        return [w.packed, w.absmax, *index]
+    return [w.packed, w.absmax, w.nested_absmax, w.nested_offset.reshape(-1), w.nested_code, *index]
 
 
 def _as_pairs(x: jax.Array) -> jax.Array:
@@ -96,15 +105,15 @@ def _as_pairs(x: jax.Array) -> jax.Array:
 def _kernel(*refs, sizes, n, rows, tile, beside):
     """Rows [i rows, (i + 1) rows) and bytes [j tile, (j + 1) tile) of the weights, or their share of the adapter."""
     weight_refs, extra_refs, out_ref = refs[: sum(sizes)], refs[sum(sizes) : -1], refs[-1]
-    half = refs[0].shape[1]
+    half = refs[0].shape[-1]
     row, col = pl.program_id(0) * rows, pl.program_id(1) * tile
 
     def decode():
         first = start = 0
         for size in sizes:
-            packed_ref, *scale_refs = weight_refs[start : start + size]
-            end = first + packed_ref.shape[0]
-            one = functools.partial(_decode, packed_ref, scale_refs, out_ref, first, row - first, col, rows, tile)
+            mine = weight_refs[start : start + size]
+            end = first + mine[0].shape[-2]
+            one = functools.partial(_decode, mine, out_ref, first, row - first, col, rows, tile)
             one() if len(sizes) == 1 else pl.when(jnp.logical_and(row >= first, row < end))(one)
             first, start = end, start + size
 
@@ -121,24 +130,27 @@ def _kernel(*refs, sizes, n, rows, tile, beside):
             out_ref[pl.ds(row, rows), pl.ds(col, tile)] = extra_refs[0][pl.ds(row - n, rows), pl.ds(col, tile)]
 
 
-def _decode(packed_ref, scale_refs, out_ref, first, row, col, rows, tile):
+def _decode(refs, out_ref, first, row, col, rows, tile):
     """Decodes a tile of a weight; the weight's first row is row `first` of the output."""
+    packed_ref, *scale_refs = refs
+    entry = (scale_refs.pop()[0],) if packed_ref.ndim == 3 else ()
     cols = pl.ds(col, tile)
     lines = row + jnp.arange(rows, dtype=jnp.int32)[:, None]
     blocks = (col + jnp.arange(tile, dtype=jnp.int32)[None]) >> (BLOCK // 2).bit_length() - 1
     lines, blocks = (jnp.broadcast_to(i, (rows, tile)) for i in (lines, blocks))
-    absmax = load_absmax(scale_refs, lines, blocks, packed_ref.shape[1] // (BLOCK // 2))
-    out_ref[pl.ds(first + row, rows), cols] = _pairs(packed_ref[pl.ds(row, rows), cols], absmax)
+    absmax = load_absmax(scale_refs, lines, blocks, packed_ref.shape[-1] // (BLOCK // 2), *entry)
+    out_ref[pl.ds(first + row, rows), cols] = _pairs(packed_ref[*entry, pl.ds(row, rows), cols], absmax)
 
 
-def load_absmax(refs, rows, blocks, blocks_in_row):
-    """The float32 scales of the blocks in some rows."""
+def load_absmax(refs, rows, blocks, blocks_in_row, *entry):
+    """The float32 scales of the blocks in some rows, of one weight or of an entry of a stack."""
     if len(refs) == 1:
-        return refs[0][rows, blocks]
+        return refs[0][*entry, rows, blocks]
     absmax_ref, nested_ref, offset_ref, code_ref = refs
-    code = code_ref[absmax_ref[rows, blocks].astype(jnp.int32)]
-    nested = nested_ref[jax.lax.shift_right_logical(rows * blocks_in_row + blocks, NESTED_BLOCK.bit_length() - 1)]
-    return _rounded("add", _rounded("mul", code, nested), jnp.broadcast_to(offset_ref[0], code.shape))
+    code = code_ref[*entry, absmax_ref[*entry, rows, blocks].astype(jnp.int32)]
+    at = jax.lax.shift_right_logical(rows * blocks_in_row + blocks, NESTED_BLOCK.bit_length() - 1)
+    offset = offset_ref[entry[0] if entry else 0]
+    return _rounded("add", _rounded("mul", code, nested_ref[*entry, at]), jnp.broadcast_to(offset, code.shape))
 
 
 def _rounded(op, x, y):

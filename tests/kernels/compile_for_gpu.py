@@ -142,6 +142,11 @@ def nf4_in_loop(capability: str) -> Iterator[Program]:
         if isinstance(config, triton_matmul.ManyRows):
             f = functools.partial(triton_matmul.many_rows_transposed, config=config)
             yield f"nf4 matmul transposed M={m} {config}", f, (shape(m, n), w, shape(k, r), shape(r, n))
+    if capability == "sm_90":  # lowered, but compiled only where there is a GPU
+        from lora_jax.kernels.nf4 import mosaic_few
+
+        for m in (1, 16, 17, 64):
+            yield f"nf4 few rows mosaic M={m}", mosaic_few.matmul, (shape(m, k), w, shape(k, r), shape(r, n))
 
 
 def loss(capability: str) -> Iterator[Program]:

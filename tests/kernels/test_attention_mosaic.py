@@ -47,22 +47,25 @@ def standard(q, k, v, dout, first, window, scale):
     """(out, dq, dk, dv) in float32, with the operands of every matmul in the dtype of q, as tensor cores want them.
 
     dS is one of them. implementation="xla" does not round it on rows of several blocks: its dq is closer there.
+    XLA drops a conversion to a smaller type and back; it keeps `reduce_precision`.
     """
+    info = jnp.finfo(q.dtype)
+    rounding = functools.partial(jax.lax.reduce_precision, exponent_bits=info.nexp, mantissa_bits=info.nmant)
     dtype, group, length = q.dtype, q.shape[2] // k.shape[2], q.shape[1]
     q, k, v, dout = (x.astype(jnp.float32) for x in (q, k, v, dout))
     wide_k, wide_v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     scores = scale * jnp.einsum("btnh,bsnh->bnts", q, wide_k, precision="highest")
     weights = jax.nn.softmax(jnp.where(visible(first, window, length)[:, None], scores, -jnp.inf), axis=-1)
-    rounded = weights.astype(dtype).astype(jnp.float32)
-    out = jnp.einsum("bnts,bsnh->btnh", rounded, wide_v, precision="highest").astype(dtype)
-    delta = jnp.einsum("btnh,btnh->bnt", out.astype(jnp.float32), dout, precision="highest")
+    rounded = rounding(weights)
+    out = jnp.einsum("bnts,bsnh->btnh", rounded, wide_v, precision="highest")
+    delta = jnp.einsum("btnh,btnh->bnt", rounding(out), dout, precision="highest")
     dscores = weights * (jnp.einsum("btnh,bsnh->bnts", dout, wide_v, precision="highest") - delta[..., None])
-    dscores = dscores.astype(dtype).astype(jnp.float32)
+    dscores = rounding(dscores)
     dq = scale * jnp.einsum("bnts,bsnh->btnh", dscores, wide_k, precision="highest")
     dk = scale * jnp.einsum("bnts,btnh->bsnh", dscores, q, precision="highest")
     dv = jnp.einsum("bnts,btnh->bsnh", rounded, dout, precision="highest")
     dk, dv = (x.reshape(*k.shape[:3], group, k.shape[3]).sum(3) for x in (dk, dv))
-    return out, *(x.astype(dtype) for x in (dq, dk, dv))
+    return tuple(x.astype(dtype) for x in (out, dq, dk, dv))
 
 
 def visible(first, window, length: int):

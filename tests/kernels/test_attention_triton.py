@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.kernels import dispatch
 from lora_jax.kernels.attention import triton, triton_bwd
 
 
@@ -84,6 +85,8 @@ def test_values_and_gradients_against_float64(name, dtype):
         want, want_lse = np.asarray(want), np.asarray(want_lse)
     # float32: sums of up to 58 terms. bfloat16: weights and score gradients are rounded to 2^-9 each, outputs too.
     tolerance = 3e-6 if dtype == jnp.float32 else 1.5e-2
+    if softcap and dtype == jnp.float32 and not dispatch.interpret():
+        tolerance = 3e-5  # the hardware's tanh: relative error up to 2^-11, 1.1e-5 found
     assert out.dtype == dtype and lse.dtype == jnp.float32
     np.testing.assert_allclose(lse, want_lse, atol=3e-6 if dtype == jnp.float32 else 1e-5, rtol=1e-6)
     assert len(grads) == len(want_grads)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.kernels.dispatch import why_not_hopper
 from lora_jax.kernels.grouped import grouped_lora_matmul, xla
 from lora_jax.kernels.nf4 import dequantize, quantize
 
@@ -159,3 +160,21 @@ def test_refuses():
 )
 def test_triton_in_the_interpreter(routing, shape, rank, base):
     check("triton", routing, shape, rank, base, jnp.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "mosaic"])
+@pytest.mark.parametrize(
+    ("sizes", "m", "rank"),
+    [
+        ((256, 256, 256, 256), 1024, 16),
+        ((130, 0, 711, 173), 1111, 5),  # rows left over, an empty expert, no multiple of 8
+        ((1, 2, 3, 1000), 1006, 33),
+        ((0, 0, 0, 0), 600, 16),
+    ],
+)
+def test_many_rows(implementation, sizes, m, rank, monkeypatch):
+    if implementation == "mosaic" and (reason := why_not_hopper()):
+        pytest.skip(reason)
+    monkeypatch.setitem(ROUTING, "many", (list(sizes), m))
+    check(implementation, "many", (512, 256), rank, "nf4-double", jnp.bfloat16)

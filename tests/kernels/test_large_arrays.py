@@ -93,8 +93,11 @@ def test_attention(implementation):
 
     got = jax.jit(run)(q, k, v, start)
     want = jax.jit(run)(q[:, -TAIL:], k[:, -TAIL:], v[:, -TAIL:], jnp.zeros((1, TAIL), jnp.int32))
-    for one, other in zip(got, want, strict=True):
-        equal(one, other)
+    equal(got[0], want[0])
+    for one, other in zip(got[1:], want[1:], strict=True):
+        # XLA adds up out * dout of a row in another order: float32 rounding, which turns a bfloat16 to its neighbour.
+        one, other = (np.asarray(z.astype(jnp.float32)) for z in (one, other))
+        np.testing.assert_allclose(one, other, rtol=2**-7, atol=1e-5)
 
 
 def test_loss_gradient():

@@ -133,6 +133,7 @@ def test_the_tuning_table_chooses(monkeypatch):
     far = [{"m": None, "forward": "mosaic", "dx": "mosaic"}]
     table = ({"n": 4096, "k": 512, "rows": far}, {"n": 64, "k": 128, "rows": rows})
     monkeypatch.setattr(matmul, "tuning", lambda op: table)
+    monkeypatch.setattr(matmul, "why_not_hopper", lambda: "no Hopper GPU")
     monkeypatch.setattr(matmul, "on_gpu", lambda *names: (*names, "xla"))
     x, _, w, a, _ = problem(5, 64, 128, 4, True)
     assert matmul.choose(x[:4], w, a, None) == ("triton_in_loop", "triton", (("bn", 128),))
