@@ -163,6 +163,10 @@ class SFTConfig:
     # the fastest plan that fits the device, or a plan: a list of groups of layers, see lora_jax.remat.
     gradient_checkpointing: bool | str | list[dict[str, Any]] = True
     memory_budget: str | int | None = None  # for "auto": bytes, or text such as "20GB"; None: what JAX may take
+    # True for a loop over layers in the compiled step, False to write them out: faster, but each shape of batch takes
+    # longer to compile (25 s instead of 13 for 32 layers). None: written out on a GPU if packing makes all batches
+    # alike.
+    scan_layers: bool | None = None
     bf16: bool = True  # no effect: the dtype is that of the loaded model
 
     # --- randomness

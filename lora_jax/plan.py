@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     from lora_jax.models.decoder import DecoderConfig
 
 __all__ = ["MEMORY_FRACTION", "Memory", "Workload", "budget_of", "choose", "explain", "fits", "largest", "memory"]
-__all__ += ["of_config", "of_step", "refuse_what_cannot_fit", "seconds"]
+__all__ += ["of_config", "of_step", "refuse_what_cannot_fit", "scans_layers", "seconds"]
 
 # JAX takes 3/4 of a GPU unless told otherwise; more than this leaves too little for CUDA itself.
 MEMORY_FRACTION = 0.92
 HOST_MEMORY = 64 * 10**9  # bytes that XLA pins at most, unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says otherwise
 
+MOST_WRITTEN_OUT = 48  # layers that a step writes out instead of looping over them: 25 s to compile for 32
+
 # Shares of the stated rates that whole steps reached (H100, Llama-3.1-8B's shape, 2 x 2048 tokens, rank 16).
-_MATMUL, _ATTENTION, _ELEMENTWISE, _COPY, _DECODE = 0.70, 0.45, 0.60, 0.88, 0.60
+_MATMUL, _ATTENTION, _ELEMENTWISE, _COPY, _DECODE = 0.745, 0.45, 0.68, 0.88, 0.68
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------
@@ -209,8 +211,9 @@ def _local_shape(leaf: Any) -> tuple[int, ...]:
 
 # Bytes that the program for a step needs beside what its formula names, counted in compiled programs: in backward,
 # copies of the trained leaves in another layout, [M, F] and [M, D] arrays and decoded weights that live at once.
-_LAYOUTS, _MLP_ARRAYS, _HIDDEN_ARRAYS, _DECODED, _SAVED_MLP = 1.0, 5.0, 6.0, 3.0, -1.0
+_LAYOUTS, _MLP_ARRAYS, _HIDDEN_ARRAYS, _DECODED, _SAVED_MLP = 1.0, 3.5, 6.0, 2.0, -1.0
 _LOSS_HIDDEN_ARRAYS = 3.0
+_LOOP_MLP_ARRAYS, _LOOP_DECODED = 1.5, 1.0  # more where layers are a loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +242,7 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
     """
     a, rows, groups = work.itemsize, work.tokens, plan.resolve(work.config.num_layers)
     kept: dict[str, int] = dict.fromkeys(NAMES, 0)
+    looped = _looped(work, plan)
     host, unnamed, workspace = 0, 0, 0.0
     for layer, actions in _by_layer(groups):
         w = layer_widths(work.config, layer)
@@ -246,10 +250,12 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
             action = "save" if ALL in actions else actions.get(name)
             kept[name] += size if action == "save" else 0
             host += size if action == "offload" else 0
-        unnamed += 3 * rows * w.hidden * a if ALL in actions else 0  # the norms' results and the like
-        arrays = _MLP_ARRAYS + _SAVED_MLP * (ALL in actions or {"gate", "up"} <= actions.keys())
+        if ALL in actions:  # the norms' results and the like
+            unnamed += (3 if looped else 1) * rows * w.hidden * a
+            unnamed += 0 if looped or not work.nf4 else a * _kept_weights(w)
+        arrays = _MLP_ARRAYS + looped * _LOOP_MLP_ARRAYS + _SAVED_MLP * (ALL in actions or {"gate", "up"} <= actions.keys())
         here = arrays * rows * w.mlp * a + _HIDDEN_ARRAYS * rows * w.hidden * a
-        workspace = max(workspace, here + _DECODED * w.experts * w.hidden * w.mlp * a)
+        workspace = max(workspace, here + (_DECODED + looped * _LOOP_DECODED) * w.experts * w.hidden * w.mlp * a)
     gradients = 1 + (work.accumulation > 1) + _LAYOUTS + (len(groups) > 1)
     loss = _loss_bytes(work, card) + work.adapters * _LAYOUTS
     loss += _LOSS_HIDDEN_ARRAYS * rows * work.config.hidden_size * a
@@ -262,6 +268,20 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         backward=int(gradients * work.adapters + workspace),
         host=host,
     )
+
+
+def _looped(work: Workload, plan: RematPlan) -> bool:
+    """Whether a step on a GPU loops over its layers; see `scans_layers`."""
+    return work.config.num_layers > MOST_WRITTEN_OUT or plan.offloads
+
+
+def _kept_weights(w: Widths) -> int:
+    """Weights of a layer that stay decoded from forward to backward if everything is kept.
+
+    Where layers are written out, the compiler sees that backward decodes these as forward did, and does it once. Gate
+    and up are decoded in one piece in backward alone.
+    """
+    return w.qkv + w.hidden * w.attention + w.experts * w.hidden * w.mlp
 
 
 def _by_layer(groups: list[tuple[int, dict[str, str]]]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -291,14 +311,26 @@ _BUNDLES = {
 }
 
 
+def scans_layers(plan: RematPlan, num_layers: int) -> bool:
+    """Whether a step loops over its layers if nobody says: a loop compiles sooner, written out they run faster.
+
+    The compiler moves tensors to the host and back at the right time only in a loop.
+    """
+    from lora_jax.kernels.dispatch import default_platform
+
+    return default_platform() != "gpu" or num_layers > MOST_WRITTEN_OUT or plan.offloads
+
+
 def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
     """Estimates the seconds of a step by part: "forward", "backward", "recomputation", "copies", "head", "optimizer".
 
-    "copies" are kept tensors on their way into and out of the arrays that hold those of all layers, and to and from
-    the host; they overlap with nothing. Raises ValueError if the plan is for another number of layers.
+    "copies" are kept tensors on their way to and from the host and, where layers are a loop, into and out of the
+    arrays that hold those of all layers; they overlap with nothing. Raises ValueError if the plan is for another number
+    of layers.
     """
     m, a, slow = work.tokens, work.itemsize, _ELEMENTWISE * card.bandwidth * 1e9
     forward = backward = again = copies = 0.0
+    looped = _looped(work, plan)
     for layer, actions in _by_layer(plan.resolve(work.config.num_layers)):
         w, sizes = layer_widths(work.config, layer), work.named_bytes(layer)
         cost = _layer_seconds(work, card, layer)
@@ -309,13 +341,15 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
         forward += sum(cost.values()) + light
         backward += sum(cost.values()) + 1.5 * cost["attention"] + 1.75 * light + adapters
         if ALL in actions:
-            copies += 2 * sum(sizes.values()) / (_COPY * card.bandwidth * 1e9)
+            if work.nf4 and not looped:
+                backward -= _decode_seconds(card, _kept_weights(w))
+            copies += looped * 2 * sum(sizes.values()) / (_COPY * card.bandwidth * 1e9)
             continue
         missing = [op for names, op in _BUNDLES.items() if not all(name in actions for name in names)]
         again += sum(cost[op] for op in missing) + light * (0.3 + 0.1 * len(missing))
         for name, action in actions.items():
             rate = _COPY * card.bandwidth if action == "save" else card.host_bandwidth
-            copies += 2 * sizes[name] / (rate * 1e9)
+            copies += (looped or action == "offload") * 2 * sizes[name] / (rate * 1e9)
     head = 4 * m * work.config.vocab_size * work.config.hidden_size / (_MATMUL * card.tflops * 1e12)
     micro = {"forward": forward, "backward": backward, "recomputation": again, "copies": copies, "head": head}
     parts = {name: work.accumulation * value for name, value in micro.items()}
@@ -337,8 +371,11 @@ def _layer_seconds(work: Workload, card: Card, layer: int) -> dict[str, float]:
 def _matmul_seconds(work: Workload, card: Card, parameters: int, stored: int) -> float:
     """One use of a weight, of which `stored` times as much is decoded (0.56 bytes read and 2 written a weight)."""
     flops = 2 * work.tokens * parameters / (_MATMUL * card.tflops * 1e12)
-    decode = 2.56 / _DECODE + 2 * 0.56 / _COPY  # it is copied out of its stack first
-    return flops + work.nf4 * stored * parameters * decode / (card.bandwidth * 1e9)
+    return flops + work.nf4 * _decode_seconds(card, stored * parameters)
+
+
+def _decode_seconds(card: Card, weights: int) -> float:
+    return weights * 2.56 / (_DECODE * card.bandwidth * 1e9)
 
 
 def _mean_keys(length: int, window: int | None) -> float:
@@ -402,6 +439,10 @@ def choose(work: Workload, card: Card, budget: int) -> RematPlan:
         if count != layers:
             return _split(count or 0, more, kept, layers)
         kept = more
+    everything = {ALL: "save"}
+    if work.nf4 and layers <= MOST_WRITTEN_OUT:  # in a loop it would copy weights
+        count = _first(range(layers, 0, -1), lambda n: ok(_split(n, everything, kept, layers)))
+        return _split(count or 0, everything, kept, layers)
     return _split(layers, kept, kept, layers)
 
 

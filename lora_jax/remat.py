@@ -98,6 +98,11 @@ class RematPlan:
         rest = "all layers" if len(self.groups) == 1 else "the rest"
         return "; ".join(_in_words(f"{count} layers" if count else rest, dict(a)) for count, a in self.groups)
 
+    @property
+    def offloads(self) -> bool:
+        """Whether something goes to the host's memory."""
+        return any(action == "offload" for _, actions in self.groups for action in dict(actions).values())
+
     def resolve(self, num_layers: int) -> list[tuple[int, dict[str, str]]]:
         """The groups of a model of `num_layers` layers: (number of layers, {name: action}).
 

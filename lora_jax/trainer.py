@@ -251,7 +251,11 @@ class SFTTrainer:
     def _make_train_step(self, optimizer: Any) -> Callable[..., Any]:
         from lora_jax.step import make_train_step
 
-        return make_train_step(self.model, optimizer, remat=self.args.remat, memory_budget=self.args.memory_budget)
+        args = self.args
+        scan = True if args.scan_layers is None and not args.packing else args.scan_layers
+        return make_train_step(
+            self.model, optimizer, remat=args.remat, memory_budget=args.memory_budget, scan_layers=scan
+        )
 
     def _make_eval_step(self) -> Callable[..., Any]:
         from lora_jax.step import make_eval_step

@@ -206,7 +206,9 @@ def test_what_a_plan_changes_in_memory():
     layer_input = 2 * 2048 * 4096 * 2
     assert full.kept["input"] == 32 * layer_input
     assert (offload.host, offload.kept.get("input")) == (32 * layer_input, None)
-    assert full.total - offload.total == 32 * layer_input
+    saved = full.total - full.backward - (offload.total - offload.backward)
+    assert saved == 32 * layer_input
+    assert 0 < offload.backward - full.backward < saved / 2  # offloading needs a loop over layers, which needs more
     assert selective.kept["gate"] == 32 * 2 * 2048 * 14336 * 2
     assert offload.total < full.total < selective.total < everything.total
     some = memory(work, RematPlan(((8, {"gate": "save"}), (None, {}))), H100)
@@ -225,8 +227,8 @@ def test_optimizers_with_a_small_state():
 
 
 def test_seconds_are_near_those_measured_on_an_h100():
-    """348 and 286 ms for 2 x 2048 tokens; the rates were chosen by these two numbers, so they are held to 5 %."""
-    for preset, measured in (("full", 0.348), ("selective", 0.286)):
+    """324 and 248 ms for 2 x 2048 tokens; the rates were chosen by these two numbers, so they are held to 5 %."""
+    for preset, measured in (("full", 0.324), ("selective", 0.248)):
         assert sum(seconds(eight_b(), PRESETS[preset], H100).values()) == pytest.approx(measured, rel=0.05)
 
 
@@ -261,7 +263,7 @@ def test_more_memory_never_makes_the_choice_slower():
         last = now
     assert {"full", "selective"} <= kinds
     assert len(kinds) > 50  # by so many layers at a time
-    assert plan.choose(work, H100, 80 * GIB) == PRESETS["selective"]
+    assert plan.choose(work, H100, 80 * GIB) == PRESETS["none"]
     # In between, the choice is faster than the best preset that fits.
     assert sum(seconds(work, plan.choose(work, H100, 16 * GIB), H100).values()) < 0.9 * sum(
         seconds(work, PRESETS["full"], H100).values()
@@ -376,7 +378,7 @@ def test_the_trainer_plans(model, tmp_path, capsys):
     )
     output = SFTTrainer(model, args, train_dataset=rows).train()
     assert output.global_step == 1
-    assert "Rematerialisation chosen for them: all layers: save input" in capsys.readouterr().err
+    assert "Rematerialisation chosen for them: selective" in capsys.readouterr().err
 
 
 # ---- the command --------------------------------------------------------------------------------------------------
@@ -476,8 +478,9 @@ def test_estimates_are_within_8_percent_of_the_compiler():
         results += [json.loads(line) for line in done.stdout.splitlines()]
     for result in results:
         assert result["estimate"] == pytest.approx(result["compiled"], rel=0.08), result
-    # Where attention and its log-sum-exp are saved, its kernel stands in the loop of the forward pass alone.
-    assert [result["attention_forward"] for result in results] == [1, 3]
+    # Where attention and its log-sum-exp are saved, its kernel stands in the forward pass alone: once for each of 32
+    # layers that are written out, or once for each of two loops, and once more for the second one's backward pass.
+    assert [result["attention_forward"] for result in results] == [32, 3]
 
 
 def environment() -> dict[str, str]:

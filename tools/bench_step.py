@@ -2,10 +2,10 @@
 
     python -m lora_jax.tools.bench_step --cases 2x2048 4x2048 --remat full selective --out results.json
 
-Every case runs in a process of its own, since a device's peak of memory is never reset. A case reports the median of
-the timed steps, tokens/s (all tokens of the batch count), the peak that JAX's allocator saw, and the compiler's own
-account of the step's memory, beside what lora_jax.plan estimates of both. Speed depends on the card: compare numbers
-of one run only.
+Every case runs in a process of its own, since a device's peak of memory is never reset. A case reports the median
+time of a step over several runs of steps that follow each other without a wait, tokens/s (all tokens of the batch
+count), the peak that JAX's allocator saw, and the compiler's own account of the step's memory, beside what
+lora_jax.plan estimates of both. Speed depends on the card: compare numbers of one run only.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     optimizer, _ = make_optimizer(lora_jax.SFTConfig(output_dir="unused", learning_rate=2e-4), 1000)
     budget = args.memory_budget if args.remat_one == "auto" else None
     step: Any = lora_jax.make_train_step(
-        model, optimizer, remat=args.remat_one, memory_budget=budget, scan_layers=not args.unroll
+        model, optimizer, remat=args.remat_one, memory_budget=budget, scan_layers=args.scan_layers
     )
     _, lora, frozen = model.split()
     opt_state = optimizer.init(lora)
@@ -99,11 +99,12 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     chosen = step.plans[ids.shape] if planned else RematPlan.of(args.remat_one)
     work, card = plan.of_step(model, *arguments), this_card()
     times, losses = [], []
-    for _ in range(args.warmup + args.steps):
+    for steps in (*[1] * args.warmup, *[args.steps] * args.runs):
         start = time.perf_counter()
-        lora, opt_state, metrics = compiled(lora, opt_state, frozen, data)
+        for _ in range(steps):  # as in training, the host does not wait for a step before it sends the next
+            lora, opt_state, metrics = compiled(lora, opt_state, frozen, data)
         losses.append(float(metrics["loss"]))
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start) / steps)
     if not np.isfinite(losses).all() or not losses[-1] < losses[0]:
         raise SystemExit(f"the loss of one repeated batch must fall; got {losses}")
     if args.trace:
@@ -123,7 +124,7 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         "base": "bf16" if args.bf16 else "nf4 (double-quantised)",
         "rank": args.rank,
         "use": args.use,
-        "scan_layers": not args.unroll,
+        "scan_layers": args.scan_layers,
         "ms": 1e3 * seconds,
         "ms_min_max": [1e3 * min(times[args.warmup :]), 1e3 * max(times[args.warmup :])],
         "tokens_per_s": batch * length / seconds,
@@ -159,11 +160,14 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="16-bit base weights instead of NF4")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4, help="in one run")
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument(
         "--use", nargs="+", default=[], metavar="OP=IMPLEMENTATION", help="such as flash_attention=triton"
     )
-    parser.add_argument("--unroll", action="store_true", help="write all layers out instead of a loop")
+    parser.add_argument(
+        "--scan-layers", action=argparse.BooleanOptionalAction, help="a loop over layers, or all written out"
+    )
     parser.add_argument("--trace", help="folder for a profiler trace of one step")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--case", help=argparse.SUPPRESS)

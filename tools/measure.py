@@ -22,6 +22,7 @@ __all__ = ["kernel_times", "time_us", "trace_totals"]
 def _program(fn: Callable, sets: Sequence[tuple]) -> Any:
     """Calls fn on every set in turn; returns one element of every result."""
     ends = []
+    fn = jax.jit(fn)  # traced and lowered once
     for args in sets:
         args, ends = jax.lax.optimization_barrier((args, ends))  # the next call starts when the last one has ended
         # Whole results are computed, behind the barrier, though only their first elements are wanted.

@@ -19,29 +19,13 @@ ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
 RANK = 16
 # Two ways to round a weight to bfloat16 differ by 2^-9 of it in root mean square; a wrong tile differs by far more.
 TOLERANCE = 2**-7
-ONE_TILES: tuple[dict[str, Any], ...] = (  # up to four rows
+ONE_TILES: tuple[dict[str, Any], ...] = (  # a single row
     {},
-    {"rows": 8, "blocks": 16},
-    {"rows": 32},
-    {"rows": 16, "blocks": 16},
-    {"warps": 4},
-    {"stages": 3},
+    {"rows": 32, "blocks": 4},
+    {"warps": 8},
 )
-FEW_TILES: tuple[dict[str, Any], ...] = (
-    {},
-    {"shuffle": True},
-    {"bn": 32},
-    {"bn": 128},
-    {"warps": 2, "bn": 32},
-    {"warps": 8, "bn": 128},
-)
-MANY_TILES: tuple[dict[str, Any], ...] = (
-    {},
-    {"shuffle": True},
-    {"bm": 64},
-    {"bm": 128, "bn": 128, "warps": 8},
-    {"bm": 256, "bn": 64, "warps": 8},
-)
+FEW_TILES: tuple[dict[str, Any], ...] = ({}, {"shuffle": True}, {"bn": 128}, {"warps": 2, "bn": 32})
+MANY_TILES: tuple[dict[str, Any], ...] = ({}, {"bm": 128, "bn": 128, "warps": 8}, {"bm": 256, "bn": 64, "warps": 8})
 
 
 def main() -> None:
@@ -123,7 +107,7 @@ def tune(n: int, k: int, all_rows: list[int]) -> list[tuple[int, dict[str, Any]]
 
 def _forms(direction: str, m: int) -> list[tuple[str, dict[str, Any] | None]]:
     """(implementation, tiles) to try; the table holds tiles for forward only."""
-    tiles = ONE_TILES if m <= 4 else FEW_TILES if m <= 64 else MANY_TILES
+    tiles = ONE_TILES if m == 1 else FEW_TILES if m <= 64 else MANY_TILES
     tiles = tiles if direction == "forward" else ({},)
     return [("triton", None), *(("triton_in_loop", t) for t in tiles), ("mosaic", None), ("xla", None)]
 

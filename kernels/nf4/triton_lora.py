@@ -61,9 +61,15 @@ def columns(x, count):
 
 def dot_t(x, w):
     """x [M, K] times W^T for W [N, K], rounded once."""
-    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+    product = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=_sum_type(x))
+    return product.astype(x.dtype)
 
 
 def dot(x, w):
     """x [M, N] times W [N, K], rounded once."""
-    return jnp.dot(x, w, preferred_element_type=x.dtype)
+    return jnp.dot(x, w, preferred_element_type=_sum_type(x)).astype(x.dtype)
+
+
+def _sum_type(x):
+    """XLA makes a sum of products of a single row, and rounds every product to the type of the result."""
+    return jnp.float32 if x.shape[0] == 1 else x.dtype

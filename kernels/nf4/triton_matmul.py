@@ -16,7 +16,7 @@ nothing else is rounded: the result is more exact than the standard computation.
 the weight is scaled in float32 and rounded to bf16 before the product (7.0e-4, the error of the result at most 1.09
 times the standard one's).
 
-One to four rows: triton_gemv.py.
+A single row: triton_gemv.py.
 
 Few rows (decoding in batches), M <= 64. Limit: the packed bytes, 29 MB or 10 us for 4096 -> 14336 on an H100; the
 look-ups take longer today (see below). Programs split N, and K where N alone does not fill the GPU; they write float32
@@ -28,12 +28,11 @@ of x in the L2 cache, loads are pipelined, x A is a thin matmul before and (x A)
 end.
 
 Measured on an H100, kernels alone, weights from memory, double quantisation, rank 16, permutations: 4096 -> 14336 with
-1, 16 and 64 rows 32.5, 33.3 and 45.0 us (cuBLAS with a bf16 weight 41.7, 45, 50), of which the sum of the parts is 3
-to 9; 14336 -> 4096 with 16 rows 41 us; 4096 rows -> 14336 1080 us with x A, 452 TFLOP/s in the kernel (cuBLAS 585 us);
-128 and 512 rows 66 and 175 us; dx with 4096 rows 1247 us, 45 of them dy B^T. The two kernels that add x A were changed
-since (x A in 16 parts, summed as one tile), and the shuffles have not run on a GPU. The time of few rows does not
-depend on tiles, and grows with the number of `prmt` as if an SM did 16 lanes of it a clock: that is the present limit,
-not the memory.
+16 and 64 rows 31.4 and 50.1 us (cuBLAS with a bf16 weight 45 and 50), of which the sum of the parts is 3 and 5;
+14336 -> 4096 with 16 rows 41 us; 4096 rows -> 14336 1073 us with x A, 455 TFLOP/s in the kernel (cuBLAS 595 us); 128,
+256 and 512 rows 67, 89 and 169 us, beside 119, 125 and 162 of the form that decodes first; dx with 4096 rows 1247 us,
+45 of them dy B^T. Shuffles in place of permutations take 7 to 25 % longer. The time of few rows does not depend on
+tiles, and grows with the number of `prmt` as if an SM did 16 lanes of it a clock: that is the limit, not the memory.
 """
 
 import dataclasses
@@ -130,7 +129,7 @@ def why_not(x, w, a=None, b=None) -> str | None:
 
 def choose(m: int, n: int, k: int) -> Gemv | FewRows | ManyRows:
     """The configuration for x [m, k] and w [n, k], from measurements on an H100; each also compiles for sm_80 to 89."""
-    if m <= triton_gemv.MAX_ROWS:
+    if m == 1:
         return triton_gemv.choose(n)
     if m > MAX_FEW:
         return _many(m)
