@@ -35,6 +35,9 @@ MOST_WRITTEN_OUT = 48  # layers that a step writes out instead of looping over t
 _MATMUL, _ATTENTION, _ELEMENTWISE, _COPY, _DECODE = 0.745, 0.45, 0.68, 0.88, 0.68
 
 
+_LONG_ATTENTION = 0.62  # with many keys
+
+
 # ---- the step -----------------------------------------------------------------------------------------------------
 
 
@@ -253,8 +256,8 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         if ALL in actions:  # the norms' results and the like
             unnamed += (3 if looped else 1) * rows * w.hidden * a
             unnamed += 0 if looped or not work.nf4 else a * _kept_weights(w)
-        arrays = _MLP_ARRAYS + looped * _LOOP_MLP_ARRAYS + _SAVED_MLP * (ALL in actions or {"gate", "up"} <= actions.keys())
-        here = arrays * rows * w.mlp * a + _HIDDEN_ARRAYS * rows * w.hidden * a
+        arrays = _MLP_ARRAYS + looped * _LOOP_MLP_ARRAYS + _SAVED_MLP * _keeps_mlp(actions)
+        here = arrays * _rows_at_once(work, plan, actions) * w.mlp * a + _HIDDEN_ARRAYS * rows * w.hidden * a
         workspace = max(workspace, here + (_DECODED + looped * _LOOP_DECODED) * w.experts * w.hidden * w.mlp * a)
     gradients = 1 + (work.accumulation > 1) + _LAYOUTS + (len(groups) > 1)
     loss = _loss_bytes(work, card) + work.adapters * _LAYOUTS
@@ -270,9 +273,18 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
     )
 
 
+def _keeps_mlp(actions: dict[str, str]) -> bool:
+    return ALL in actions or {"gate", "up"} <= actions.keys()
+
+
+def _rows_at_once(work: Workload, plan: RematPlan, actions: dict[str, str]) -> int:
+    """Tokens whose [M, F] arrays live at once in a layer."""
+    return work.tokens if plan.mlp_rows is None or _keeps_mlp(actions) else min(plan.mlp_rows, work.tokens)
+
+
 def _looped(work: Workload, plan: RematPlan) -> bool:
     """Whether a step on a GPU loops over its layers; see `scans_layers`."""
-    return work.config.num_layers > MOST_WRITTEN_OUT or plan.offloads
+    return _must_loop(plan, work.config.num_layers)
 
 
 def _kept_weights(w: Widths) -> int:
@@ -314,11 +326,16 @@ _BUNDLES = {
 def scans_layers(plan: RematPlan, num_layers: int) -> bool:
     """Whether a step loops over its layers if nobody says: a loop compiles sooner, written out they run faster.
 
-    The compiler moves tensors to the host and back at the right time only in a loop.
+    The compiler moves tensors to the host and back at the right time only in a loop, and reserves the results of loops
+    over parts of a feed-forward layer for all layers at once if these are written out.
     """
     from lora_jax.kernels.dispatch import default_platform
 
-    return default_platform() != "gpu" or num_layers > MOST_WRITTEN_OUT or plan.offloads
+    return default_platform() != "gpu" or _must_loop(plan, num_layers)
+
+
+def _must_loop(plan: RematPlan, num_layers: int) -> bool:
+    return num_layers > MOST_WRITTEN_OUT or plan.offloads or plan.mlp_rows is not None
 
 
 def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
@@ -345,6 +362,9 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
                 backward -= _decode_seconds(card, _kept_weights(w))
             copies += looped * 2 * sum(sizes.values()) / (_COPY * card.bandwidth * 1e9)
             continue
+        # Weights are decoded in every part again: gate, up and down forward, computing them again, and backward.
+        parts = -(-m // _rows_at_once(work, plan, actions))
+        again += work.nf4 * (parts - 1) * _decode_seconds(card, 8 * w.experts * w.hidden * w.mlp)
         missing = [op for names, op in _BUNDLES.items() if not all(name in actions for name in names)]
         again += sum(cost[op] for op in missing) + light * (0.3 + 0.1 * len(missing))
         for name, action in actions.items():
@@ -365,7 +385,8 @@ def _layer_seconds(work: Workload, card: Card, layer: int) -> dict[str, float]:
     # 2 operations for every query, feature and key that it sees, in each of the two products.
     keys = _mean_keys(work.length, work.config.windows[layer])
     flops = 2 * work.tokens * keys * (w.q + w.attention)
-    return {**cost, "attention": flops / (_ATTENTION * card.tflops * 1e12)}
+    reached = min(_LONG_ATTENTION, _ATTENTION * (keys / 1024) ** 0.15)
+    return {**cost, "attention": flops / (reached * card.tflops * 1e12)}
 
 
 def _matmul_seconds(work: Workload, card: Card, parameters: int, stored: int) -> float:
@@ -414,42 +435,58 @@ def fits(need: Memory, budget: int) -> bool:
 def choose(work: Workload, card: Card, budget: int) -> RematPlan:
     """The fastest plan that needs at most `budget` bytes.
 
-    Greedy: from recomputing everything, what saves most seconds for its bytes is kept for as many layers as fit, then
-    the next. If recomputing everything does not fit, the inputs of as few layers as possible go to the host.
-
     Raises:
       MemoryError: no plan fits; the message names a batch and a length that do.
     """
+    plans = [plan for rows in _mlp_rows(work) if (plan := _choose(work, card, budget, rows))]
+    if not plans:
+        raise MemoryError(explain(work, card, budget))
+    return min(plans, key=lambda plan: sum(seconds(work, plan, card).values()))
+
+
+def _mlp_rows(work: Workload) -> list[int | None]:
+    """The numbers of tokens that a feed-forward layer may well compute at a time; fewer cost too much decoding."""
+    return [None, *(rows for rows in (8192, 4096) if work.tokens > rows)]
+
+
+def _choose(work: Workload, card: Card, budget: int, mlp_rows: int | None) -> RematPlan | None:
+    """The fastest plan with these rows of the feed-forward layers, or None if none fits.
+
+    Greedy: from recomputing everything, what saves most seconds for its bytes is kept for as many layers as fit, then
+    the next. If recomputing everything does not fit, the inputs of as few layers as possible go to the host.
+    """
     layers = work.config.num_layers
+    split = functools.partial(_split, layers=layers, mlp_rows=mlp_rows)
 
     def ok(plan: RematPlan) -> bool:
         return fits(memory(work, plan, card), budget)
 
     kept: dict[str, str] = {"thin": "save"}
-    if not ok(PRESETS["full"]):
-        offloaded = _first(range(1, layers + 1), lambda n: ok(_split(n, {**kept, "input": "offload"}, kept, layers)))
-        if offloaded is None:
-            raise MemoryError(explain(work, card, budget))
-        return _split(offloaded, {**kept, "input": "offload"}, kept, layers)
+    if not ok(split(layers, kept, kept)):
+        offload = {**kept, "input": "offload"}
+        offloaded = _first(range(1, layers + 1), lambda n: ok(split(n, offload, kept)))
+        return None if offloaded is None else split(offloaded, offload, kept)
     for names in sorted(_BUNDLES, key=lambda names: -_worth(work, card, names)):
         more = {**kept, **dict.fromkeys(names, "save")}
         if _worth(work, card, names) <= 0:
             break
-        count = _first(range(layers, 0, -1), lambda n, more=more, kept=kept: ok(_split(n, more, kept, layers)))
+        count = _first(range(layers, 0, -1), lambda n, more=more, kept=kept: ok(split(n, more, kept)))
         if count != layers:
-            return _split(count or 0, more, kept, layers)
+            return split(count or 0, more, kept)
         kept = more
     everything = {ALL: "save"}
     if work.nf4 and layers <= MOST_WRITTEN_OUT:  # in a loop it would copy weights
-        count = _first(range(layers, 0, -1), lambda n: ok(_split(n, everything, kept, layers)))
-        return _split(count or 0, everything, kept, layers)
-    return _split(layers, kept, kept, layers)
+        count = _first(range(layers, 0, -1), lambda n: ok(split(n, everything, kept)))
+        return split(count or 0, everything, kept)
+    return split(layers, kept, kept)
 
 
-def _split(count: int, first: dict[str, str], rest: dict[str, str], layers: int) -> RematPlan:
+def _split(
+    count: int, first: dict[str, str], rest: dict[str, str], layers: int, mlp_rows: int | None = None
+) -> RematPlan:
     groups = [(count, tuple(first.items())), (layers - count, tuple(rest.items()))]
     groups = [group for group in groups if group[0]]
-    return RematPlan(((None, groups[0][1]),) if len(groups) == 1 else tuple(groups))
+    return RematPlan(((None, groups[0][1]),) if len(groups) == 1 else tuple(groups), mlp_rows)
 
 
 def _first(numbers: Iterable[int], condition: Callable[[int], bool]) -> int | None:
@@ -469,7 +506,12 @@ def _keeping(names: Iterable[str]) -> RematPlan:
 
 def least(work: Workload, card: Card) -> RematPlan:
     """The plan that needs least memory on the device."""
-    return min((PRESETS["full"], PRESETS["offload"]), key=lambda plan: memory(work, plan, card).total)
+    return min(_small(work), key=lambda plan: memory(work, plan, card).total)
+
+
+def _small(work: Workload) -> list[RematPlan]:
+    """Plans of which the one or the other needs least memory."""
+    return [RematPlan(PRESETS[name].groups, rows) for name in ("full", "offload") for rows in _mlp_rows(work)]
 
 
 def largest(work: Workload, card: Card, budget: int, plan: RematPlan | None, field: str, step: int = 1) -> int:
@@ -491,7 +533,7 @@ def largest(work: Workload, card: Card, budget: int, plan: RematPlan | None, fie
 
 
 def _fits(work: Workload, card: Card, budget: int, plan: RematPlan | None) -> bool:
-    plans = (PRESETS["full"], PRESETS["offload"]) if plan is None else (plan,)
+    plans = _small(work) if plan is None else [plan]
     return any(fits(memory(work, one, card), budget) for one in plans)
 
 

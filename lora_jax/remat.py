@@ -38,11 +38,15 @@ class RematPlan:
     "input", the layer's input, must be kept: it is saved unless offloaded. `{"*": "save"}` keeps every value that
     backward needs, named or not, so that nothing is computed again; for a part of the layers it copies their weights.
 
+    With `mlp_rows` the feed-forward layers compute so many tokens at a time, so that the largest arrays of a long row
+    exist in part only, and their weights are decoded for every part. It is for plans that recompute gate and up.
+
     Raises:
       ValueError: an unknown name or action, or numbers of layers that make no sense.
     """
 
     groups: tuple[tuple[int | None, Actions | Mapping[str, str]], ...]
+    mlp_rows: int | None = None
 
     def __post_init__(self):
         """Brings groups that mean the same into the same form."""
@@ -56,6 +60,9 @@ class RematPlan:
                 raise ValueError(f"a group of layers needs a number of at least 1 or None (all left), got {count!r}")
             groups.append((count, _canonical(dict(actions))))
         object.__setattr__(self, "groups", tuple(groups))
+        rows = self.mlp_rows
+        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+            raise ValueError(f"mlp_rows is a number of tokens, at least 1, or None for all at once, got {rows!r}")
 
     @classmethod
     def of(cls, value: "str | RematPlan | Sequence[Mapping[str, Any]]") -> "RematPlan":
@@ -65,6 +72,7 @@ class RematPlan:
 
             - {layers: 8, gate: save, up: save, attention: save, attention_lse: save}
             - {layers: rest, input: offload}
+            - {mlp_rows: 8192}
 
         Raises:
           ValueError: no preset of that name, or something that is not such a list.
@@ -77,21 +85,27 @@ class RematPlan:
             return PRESETS[value]
         if not isinstance(value, Sequence) or not all(isinstance(group, Mapping) for group in value):
             raise ValueError(f"remat={value!r}: wanted a preset ({', '.join(PRESETS)}) or a list of groups of layers")
-        groups = []
+        groups, rows = [], None
         for group in value:
+            if set(group) == {"mlp_rows"}:
+                rows = group["mlp_rows"]
+                continue
             count = group.get("layers")
             if count is None:
                 raise ValueError(f"remat: the group {dict(group)} does not say of how many `layers`; a number or rest")
             actions = {name: action for name, action in group.items() if name != "layers"}
             groups.append((None if count == "rest" else count, actions))
-        return cls(tuple(groups))
+        return cls(tuple(groups), rows)
 
     def to_list(self) -> list[dict[str, Any]]:
         """The plan as `of` reads it."""
-        return [{"layers": "rest" if count is None else count, **dict(actions)} for count, actions in self.groups]
+        groups = [{"layers": "rest" if count is None else count, **dict(actions)} for count, actions in self.groups]
+        return groups if self.mlp_rows is None else [*groups, {"mlp_rows": self.mlp_rows}]
 
     def __str__(self) -> str:
         """The name of the preset it is, or its groups in words."""
+        if self.mlp_rows is not None:
+            return f"{RematPlan(self.groups)}; feed-forward layers {self.mlp_rows} tokens at a time"
         for name, preset in PRESETS.items():
             if preset == self:
                 return name

@@ -43,9 +43,10 @@ def sum_of_losses(
     """
     model = nnx.merge(graph, lora, frozen)
     ids, labels = batch["input_ids"], batch["labels"]
-    groups = RematPlan.of(remat).wrappers(model.config.num_layers, scan_layers)
-    rows = batch.get("positions"), batch.get("segment_start")
-    x, _ = model(ids, *rows, checkpoint=groups, scan=scan_layers, dropout_key=dropout_key)
+    plan = RematPlan.of(remat)
+    groups = plan.wrappers(model.config.num_layers, scan_layers)
+    how: Any = dict(checkpoint=groups, scan=scan_layers, mlp_rows=plan.mlp_rows, dropout_key=dropout_key)
+    x, _ = model(ids, batch.get("positions"), batch.get("segment_start"), **how)
     # The state at t predicts the token at t + 1; the first token of a packed document carries no label.
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
     return linear_cross_entropy(x.reshape(-1, x.shape[-1]), model.head(), targets.reshape(-1))

@@ -104,6 +104,7 @@ class Context:
     query_offset: jax.Array | int
     dropout_key: jax.Array | None
     kinds: np.ndarray | None = None  # number of each layer's kind; None if all layers are of one
+    mlp_rows: int | None = None  # rows of the feed-forward layer that are computed at a time; None for all
 
     def of_layer(self, layer: jax.Array) -> "Context":
         """The context of one layer."""
@@ -211,6 +212,15 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context, layer: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
+        rows = context.mlp_rows
+        # A part draws the dropout of another part again, since it has the same key.
+        if rows is None or context.dropout_key is not None or x.size // x.shape[-1] <= rows:
+            return self._rows(x, context, layer)
+        return _by_parts(lambda part: self._rows(part, context, layer), x.reshape(-1, x.shape[-1]), rows).reshape(
+            x.shape
+        )
+
+    def _rows(self, x: jax.Array, context: Context, layer: jax.Array) -> jax.Array:
         if not hasattr(self, "gate_up_proj"):
             layers = enumerate((self.gate_proj, self.up_proj, self.down_proj), start=4)
             projections = (one.projection(context.key(layer, site)) for site, one in layers)
@@ -218,6 +228,15 @@ class MLP(nnx.Module):
         gate, up = jnp.split(self.gate_up_proj(x, context.key(layer, 4)), 2, axis=-1)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return self.down_proj(ACTIVATIONS[self.activation](gate) * up, context.key(layer, 6))
+
+
+def _by_parts(f: Callable[[jax.Array], jax.Array], x: jax.Array, rows: int) -> jax.Array:
+    """f of x [M, D], `rows` rows at a time, one part after the other; backward computes every part again."""
+    # Names inside are kept by what wraps the layer.
+    part = jax.checkpoint(f, prevent_cse=False)
+    whole = x.shape[0] // rows * rows
+    y = jax.lax.map(part, x[:whole].reshape(-1, rows, x.shape[1])).reshape(whole, -1)
+    return y if whole == x.shape[0] else jnp.concatenate([y, part(x[whole:])])
 
 
 class Block(nnx.Module):
@@ -300,6 +319,7 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         checkpoint: Sequence[tuple[int, Callable | None]] | None = None,
         scan: bool = True,
+        mlp_rows: int | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states after the final norm, with the factor of the logits; `head()` turns them into logits.
@@ -313,6 +333,7 @@ class Decoder(nnx.Module):
             as `jax.checkpoint` does (lora_jax.remat); None, for a group or at all, keeps everything for backward.
           scan: whether the layers are a loop of the compiled program, or written out one after the other: that takes
             longer to compile, and spares the copies into and out of the loop's arrays.
+          mlp_rows: tokens that the feed-forward layer computes at a time, which bounds its memory; None for all.
           dropout_key: key for the adapters' dropout; None for no dropout.
 
         Returns:
@@ -323,6 +344,7 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]) + offset, input_ids.shape)
         keys = input_ids.shape[1] if cache is None else cache.keys[0].shape[2]
         context = _context(self.config, positions, segment_start, offset, keys, dropout_key)
+        context = dataclasses.replace(context, mlp_rows=mlp_rows)
         x = self.embed_tokens(input_ids, self.dtype)
         # Rounded to the dtype first, as Gemma's was when it was trained.
         x *= jnp.asarray(self.config.embedding_scale, x.dtype)

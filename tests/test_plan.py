@@ -270,6 +270,17 @@ def test_more_memory_never_makes_the_choice_slower():
     )
 
 
+def test_long_rows_are_taken_in_parts_where_memory_is_short():
+    work = eight_b(1, 32768)
+    assert plan.choose(work, H100, 70 * GIB).mlp_rows is None
+    short = plan.choose(work, H100, 14 * GIB)
+    assert short.mlp_rows == 8192
+    whole = RematPlan(short.groups)
+    assert memory(work, whole, H100).total - memory(work, short, H100).total > 3 * GIB
+    assert sum(seconds(work, short, H100).values()) > sum(seconds(work, whole, H100).values())
+    assert plan.choose(eight_b(), H100, 12 * GIB).mlp_rows is None
+
+
 def test_inputs_go_to_the_host_for_as_few_layers_as_possible():
     work = eight_b()
     full, offload = (memory(work, PRESETS[name], H100).total for name in ("full", "offload"))
@@ -283,9 +294,9 @@ def test_inputs_go_to_the_host_for_as_few_layers_as_possible():
 
 
 def test_what_does_not_fit_says_what_would():
-    work = eight_b(batch=16)
+    work = eight_b(batch=48)
     need = memory(work, PRESETS["offload"], H100).total
-    with pytest.raises(MemoryError, match=r"16 rows of 2048 tokens need about .* 11.0 GiB are there") as error:
+    with pytest.raises(MemoryError, match=r"48 rows of 2048 tokens need about .* 11.0 GiB are there") as error:
         plan.choose(work, H100, 11 * GIB)
     assert need > 11 * GIB
     rows = int(str(error.value).partition(" rows of this length fit")[0].rpartition(" ")[2])

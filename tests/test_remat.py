@@ -90,6 +90,16 @@ def test_layers_written_out_give_the_same(quantized, plan):
     assert_equal_results(loss_and_gradients(quantized, plan, scan_layers=False), want, exact=False)
 
 
+@pytest.mark.parametrize("rows", [7, 23, 46])
+def test_feed_forward_layers_in_parts_give_the_same(quantized, rows):
+    """46 tokens: six parts of seven and one of four, two parts, and all at once."""
+    want = loss_and_gradients(quantized, "none", dropout=False)
+    plan = RematPlan(PRESETS["full"].groups, mlp_rows=rows)
+    assert_equal_results(loss_and_gradients(quantized, plan, dropout=False), want, exact=False)
+    with_dropout = loss_and_gradients(quantized, plan), loss_and_gradients(quantized, "full")
+    assert_equal_results(*with_dropout, exact=True)  # not in parts then
+
+
 def test_groups_of_a_plan_may_cut_across_stacks(quantized):
     want = loss_and_gradients(quantized, "none")
     assert_equal_results(loss_and_gradients(quantized, MIXED["groups of one"]), want, exact=False)
@@ -196,6 +206,9 @@ def test_a_plan_in_yaml():
     assert str(plan) == "8 layers: save input attention attention_lse gate; the rest: offload input"
     settings = yaml.safe_load("gradient_checkpointing: [{layers: rest, gate: save}]")
     assert RematPlan.of(SFTConfig.from_dict(settings).remat) == RematPlan(((None, {"gate": "save"}),))
+    parts = RematPlan.of([*plan.to_list(), {"mlp_rows": 8192}])
+    assert parts == RematPlan(plan.groups, 8192) == RematPlan.of(parts.to_list()) != plan
+    assert str(parts) == f"{plan}; feed-forward layers 8192 tokens at a time"
     for name, preset in PRESETS.items():
         assert RematPlan.of(name) == RematPlan.of(preset.to_list()) == preset
         assert str(preset) == name
@@ -216,6 +229,7 @@ def test_a_plan_in_yaml():
         ([{"layers": 2, "gate": "keep"}], "gate: 'keep' is unknown; there are save, recompute, offload"),
         ([{"layers": 2, "input": "recompute"}], "save or offload it"),
         ([{"layers": 2, "*": "save", "gate": "save"}], "goes alone"),
+        ([{"layers": 2}, {"mlp_rows": 0}], "at least 1, or None for all at once, got 0"),
     ],
 )
 def test_mistakes_in_plans(value, said):

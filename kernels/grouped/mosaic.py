@@ -11,8 +11,8 @@ Operations: 2 M N K, plus what the first and last block of each expert overhang;
 overhang does not multiply.
 
 Measured on an H100, 8192 rows of 8 experts, random routing, rank 16: 4096 -> 14336 1.38 ms or 698 TFLOP/s, and
-14336 -> 4096 1.40 ms or 688, beside 1.58 and 1.59 of the Triton kernel. Three steps in shared memory are as fast as four, or faster
-where K is long; tiles of 256 x 128, or 4, 16 or 32 row blocks beside each other, are slower.
+14336 -> 4096 1.40 ms or 688, beside 1.58 and 1.59 of the Triton kernel. Three steps in shared memory are as fast as
+four, or faster where K is long; tiles of 256 x 128, or 4, 16 or 32 row blocks beside each other, are slower.
 """
 
 import dataclasses
