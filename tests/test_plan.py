@@ -227,8 +227,8 @@ def test_optimizers_with_a_small_state():
 
 
 def test_seconds_are_near_those_measured_on_an_h100():
-    """324 and 248 ms for 2 x 2048 tokens; the rates were chosen by these two numbers, so they are held to 5 %."""
-    for preset, measured in (("full", 0.324), ("selective", 0.248)):
+    """327 and 248 ms for 2 x 2048 tokens; the rates were chosen by these two numbers, so they are held to 5 %."""
+    for preset, measured in (("full", 0.327), ("selective", 0.248)):
         assert sum(seconds(eight_b(), PRESETS[preset], H100).values()) == pytest.approx(measured, rel=0.05)
 
 
