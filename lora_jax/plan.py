@@ -213,10 +213,12 @@ def _local_shape(leaf: Any) -> tuple[int, ...]:
 # ---- memory -------------------------------------------------------------------------------------------------------
 
 # Bytes that the program for a step needs beside what its formula names, counted in compiled programs: in backward,
-# copies of the trained leaves in another layout, [M, F] and [M, D] arrays and decoded weights that live at once.
-_LAYOUTS, _MLP_ARRAYS, _HIDDEN_ARRAYS, _DECODED, _SAVED_MLP = 1.0, 3.5, 6.0, 2.0, -1.0
+# [M, F] arrays (of which one is kept anyway where gate and up are), [M, D] arrays and decoded weights [F, D] that live
+# at once, and copies of the trained leaves in another layout. The pairs: layers written out, layers in a loop.
+_MLP_ARRAYS, _SAVED_MLP = 5.0, 1.0
+_HIDDEN_ARRAYS, _DECODED, _LAYOUTS = (5.0, 6.0), (1.5, 3.0), (0.0, 1.0)
+_DECODED_EXPERTS = 3.0
 _LOSS_HIDDEN_ARRAYS = 3.0
-_LOOP_MLP_ARRAYS, _LOOP_DECODED = 1.5, 1.0  # more where layers are a loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,11 +258,12 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         if ALL in actions:  # the norms' results and the like
             unnamed += (3 if looped else 1) * rows * w.hidden * a
             unnamed += 0 if looped or not work.nf4 else a * _kept_weights(w)
-        arrays = _MLP_ARRAYS + looped * _LOOP_MLP_ARRAYS + _SAVED_MLP * _keeps_mlp(actions)
-        here = arrays * _rows_at_once(work, plan, actions) * w.mlp * a + _HIDDEN_ARRAYS * rows * w.hidden * a
-        workspace = max(workspace, here + (_DECODED + looped * _LOOP_DECODED) * w.experts * w.hidden * w.mlp * a)
-    gradients = 1 + (work.accumulation > 1) + _LAYOUTS + (len(groups) > 1)
-    loss = _loss_bytes(work, card) + work.adapters * _LAYOUTS
+        arrays = _MLP_ARRAYS - _SAVED_MLP * _keeps_mlp(actions)
+        here = arrays * _rows_at_once(work, plan, actions) * w.mlp + _HIDDEN_ARRAYS[looped] * rows * w.hidden
+        decoded = _DECODED_EXPERTS if w.experts > 1 else _DECODED[looped]
+        workspace = max(workspace, a * (here + decoded * w.experts * w.hidden * w.mlp))
+    gradients = 1 + (work.accumulation > 1) + _LAYOUTS[looped] + (len(groups) > 1)
+    loss = _loss_bytes(work, card) + work.adapters * _LAYOUTS[looped]
     loss += _LOSS_HIDDEN_ARRAYS * rows * work.config.hidden_size * a
     return Memory(
         weights=work.weights,
