@@ -115,7 +115,7 @@ def _why_not(name, direction, x, w, a) -> str | None:
         return reason
     from lora_jax.kernels.nf4 import mosaic
 
-    return mosaic.why_not(x, w, transposed=direction == "dx")
+    return mosaic.why_not(x, w, a, transposed=direction == "dx")
 
 
 def _module(name) -> Any:
