@@ -91,12 +91,20 @@ def choose(x, w, a, implementation) -> Choice:
     return Choice(*names, tuned.tiles if names[0] == "triton_in_loop" else None)
 
 
+# A measurement says something of shapes up to 15 times smaller or larger.
+_FAR = math.log(15)
+
+
 def _tuned(m, n, k) -> Choice:
     """What was measured to be fastest on this GPU for the nearest shape; where nothing was measured, the prologue."""
     shapes = tuning("lora_matmul")
     if not shapes:
         return Choice("triton", "triton")
-    nearest = min(shapes, key=lambda one: abs(math.log(one["n"] / n)) + abs(math.log(one["k"] / k)))
+    far, nearest = min(
+        ((abs(math.log(one["n"] / n)) + abs(math.log(one["k"] / k)), one) for one in shapes), key=lambda pair: pair[0]
+    )
+    if far > _FAR:
+        return Choice("triton", "triton")
     row = next(row for row in nearest["rows"] if row["m"] is None or m <= row["m"])
     return Choice(row["forward"], row["dx"], tuple(sorted(row.get("tiles", {}).items())) or None)
 

@@ -144,6 +144,12 @@ def test_the_tuning_table_chooses(monkeypatch):
     assert matmul.choose(x.astype(jnp.float32), w, a, None) == ("xla", "xla", None)  # the kernels refuse float32
     _, _, wide, _, _ = problem(5, 1024, 512, 0, True)  # Mosaic is nearest, and refused without a Hopper GPU
     assert matmul.choose(problem(5, 1024, 512, 0, True)[0], wide, None, None) == ("triton", "triton", None)
+    rows[0]["m"] = None
+    assert matmul.choose(x, w, a, None).forward == "triton_in_loop"
+    small, _, tiny, _, _ = problem(5, 16, 64, 0, True)  # 8 times smaller
+    assert matmul.choose(small, tiny, None, None).forward == "triton_in_loop"
+    monkeypatch.setattr(matmul, "_FAR", 2.0)
+    assert matmul.choose(small, tiny, None, None).forward == "triton"  # too far to say anything
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
