@@ -102,8 +102,9 @@ def _check_shapes(q, k, v, segment_start, sinks) -> None:
 def _preference(plain: bool, queries: int) -> tuple[str, ...]:
     """Implementations in the order to try them. Without a GPU the others run only when they are named.
 
-    H100, 32 / 8 heads of 128, microseconds of kernels. Forward and backward: 1 x 8192 Mosaic 3468, cuDNN 3513, Triton
-    about 4700; 2 x 2048 Mosaic 530, cuDNN 632. Forward over a cache of 4096 keys: one query XLA 16, Triton 109 (in
+    H100, 32 / 8 heads of 128, microseconds of kernels. Forward and backward: 1 x 8192 Mosaic 3500, cuDNN 3525, Triton
+    4463; 2 x 2048 Mosaic 530, cuDNN 632; 1 x 32768 cuDNN 54692, Mosaic 60900; the same in a window of 4096 cuDNN 13911,
+    Mosaic 14599. Forward over a cache of 4096 keys: one query XLA 16, Triton 109 (in
     8 rows 159, 192); 512 queries XLA 498, Triton 80. All but cuDNN give the same bits every time.
     """
     if queries < _FEW_QUERIES:
