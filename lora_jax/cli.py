@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lora_jax.plan import Memory, Workload
     from lora_jax.remat import RematPlan
 
-__all__ = ["app", "main", "use_compile_cache"]
+__all__ = ["app", "main"]
 
 RUN_FILE = "train_config.yaml"  # the settings of a run in its output folder; `train --config` reads it again
 
@@ -89,19 +89,6 @@ def _is_for_user(error: Exception) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("lora_jax.")
-
-
-def use_compile_cache() -> None:
-    """Keeps compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or the user's cache folder.
-
-    Call it before anything is compiled.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    import jax
-
-    parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(parent / "lora-jax" / "jax"))
 
 
 # ---- options ------------------------------------------------------------------------------------------------------
@@ -267,6 +254,8 @@ def _train(settings: dict[str, Any]) -> None:
             f"{folder} holds the adapter of an earlier run; choose another --output-dir, continue with --resume, or "
             "replace it with --overwrite-output-dir"
         )
+    from lora_jax.step import use_compile_cache
+
     use_compile_cache()
     from lora_jax.data import load_rows
     from lora_jax.hf_checkpoint import read_json, resolve_folder
@@ -559,6 +548,8 @@ def _parts(need: "Memory") -> Any:
 
 def _load(source: str, load_in_4bit: bool | None, dtype: str | None) -> "tuple[CausalLM, Any]":
     """The model of a run, an adapter or a base, held as it was trained unless told otherwise."""
+    from lora_jax.step import use_compile_cache
+
     use_compile_cache()
     from lora_jax.loading import from_pretrained
 

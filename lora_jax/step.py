@@ -1,6 +1,8 @@
 """The training step as a pure function of arrays."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from lora_jax.model import CausalLM
 
 __all__ = ["PlannedStep", "bytes_held", "make_eval_step", "make_train_step", "sum_of_losses", "train_step"]
+__all__ += ["use_compile_cache"]
 
 Batch = dict[str, jax.Array]
 
@@ -212,6 +215,16 @@ class PlannedStep:
                 return plan, compiled
             target = memory(work, plan, card).total - (used - self._budget)  # below it, so the next plan is another
             more = f" (The compiler counted {(used - self._budget) / 2**30:.2f} GiB too much for remat={str(plan)!r}.)"
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs on disk: where JAX is told to, else in the user's cache folder.
+
+    Call it before anything is compiled.
+    """
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(parent / "lora-jax" / "jax"))
 
 
 def bytes_held(compiled: Any) -> int:

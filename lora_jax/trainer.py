@@ -249,8 +249,11 @@ class SFTTrainer:
         )
 
     def _make_train_step(self, optimizer: Any) -> Callable[..., Any]:
-        from lora_jax.step import make_train_step
+        from lora_jax.kernels.dispatch import default_platform
+        from lora_jax.step import make_train_step, use_compile_cache
 
+        if default_platform() == "gpu":  # where a step takes half a minute to compile
+            use_compile_cache()
         args = self.args
         scan = True if args.scan_layers is None and not args.packing else args.scan_layers
         return make_train_step(

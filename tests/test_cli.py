@@ -360,7 +360,7 @@ def test_version_and_compile_cache(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     script = (
-        "from lora_jax.cli import use_compile_cache as u; u(); import jax; print(jax.config.jax_compilation_cache_dir)"
+        "from lora_jax.step import use_compile_cache as u; u(); import jax; print(jax.config.jax_compilation_cache_dir)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == str(tmp_path / "lora-jax" / "jax")
