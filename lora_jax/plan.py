@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora_jax.models.decoder import DecoderConfig
 
 __all__ = ["MEMORY_FRACTION", "Memory", "Workload", "budget_of", "choose", "explain", "fits", "largest", "memory"]
-__all__ += ["of_config", "of_step", "refuse_what_cannot_fit", "scans_layers", "seconds"]
+__all__ += ["model_flops", "of_config", "of_step", "refuse_what_cannot_fit", "scans_layers", "seconds"]
 
 # JAX takes 3/4 of a GPU unless told otherwise; more than this leaves too little for CUDA itself.
 MEMORY_FRACTION = 0.92
@@ -377,6 +377,20 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
     micro = {"forward": forward, "backward": backward, "recomputation": again, "copies": copies, "head": head}
     parts = {name: work.accumulation * value for name, value in micro.items()}
     return {**parts, "optimizer": 7 * work.adapters / (_COPY * card.bandwidth * 1e9)}
+
+
+def model_flops(work: Workload) -> float:
+    """Operations that a step of the model takes, without what is computed again and without the adapters.
+
+    A frozen weight takes 4 for a token, 2 forward and 2 for the gradient of its input; the two products of attention
+    forward are five backward.
+    """
+    total = 4.0 * work.tokens * work.config.vocab_size * work.config.hidden_size
+    for layer in range(work.config.num_layers):
+        w = layer_widths(work.config, layer)
+        total += 4.0 * work.tokens * (w.qkv + w.hidden * w.attention + 3 * w.hidden * w.mlp)
+        total += 3.5 * 2 * work.tokens * _mean_keys(work.length, work.config.windows[layer]) * (w.q + w.attention)
+    return work.accumulation * total
 
 
 def _layer_seconds(work: Workload, card: Card, layer: int) -> dict[str, float]:

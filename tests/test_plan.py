@@ -232,6 +232,15 @@ def test_seconds_are_near_those_measured_on_an_h100():
         assert sum(seconds(eight_b(), PRESETS[preset], H100).values()) == pytest.approx(measured, rel=0.05)
 
 
+def test_operations_of_the_model():
+    """Llama-3.1-8B: 6.98e9 weights in its layers and 0.53e9 in its head; attention by its definition."""
+    tokens, layers = 4096, 32
+    weights = layers * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 128256 * 4096
+    attention = 3.5 * layers * 2 * 4 * (2048 * 2048 / 2) * 32 * 128
+    assert plan.model_flops(eight_b()) == pytest.approx(4 * tokens * weights + attention)
+    assert plan.model_flops(eight_b(accumulation=4)) == pytest.approx(4 * plan.model_flops(eight_b()))
+
+
 def test_what_makes_a_step_longer():
     def total(work, preset="full", card=H100):
         return sum(seconds(work, PRESETS[preset], card).values())

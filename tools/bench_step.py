@@ -126,6 +126,8 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         "use": args.use,
         "scan_layers": args.scan_layers,
         "ms": 1e3 * seconds,
+        "model_flop_utilization": plan.model_flops(work) / seconds / (1e12 * card.tflops),
+        "first_step_s": compile_s + times[0],  # weights aside
         "ms_min_max": [1e3 * min(times[args.warmup :]), 1e3 * max(times[args.warmup :])],
         "tokens_per_s": batch * length / seconds,
         "peak_gib": stats.get("peak_bytes_in_use", 0) / GIB,
