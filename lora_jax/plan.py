@@ -55,6 +55,7 @@ class Workload:
     accumulation: int = 1  # micro-batches of a step
     itemsize: int = 2  # bytes of an activation
     nf4: bool = True  # weights are decoded for every use
+    scan_layers: bool = False  # layers are a loop also where a plan would let them be written out
 
     @property
     def tokens(self) -> int:
@@ -287,7 +288,7 @@ def _rows_at_once(work: Workload, plan: RematPlan, actions: dict[str, str]) -> i
 
 def _looped(work: Workload, plan: RematPlan) -> bool:
     """Whether a step on a GPU loops over its layers; see `scans_layers`."""
-    return _must_loop(plan, work.config.num_layers)
+    return work.scan_layers or _must_loop(plan, work.config.num_layers)
 
 
 def _kept_weights(w: Widths) -> int:
@@ -492,7 +493,7 @@ def _choose(work: Workload, card: Card, budget: int, mlp_rows: int | None) -> Re
             return split(count or 0, more, kept)
         kept = more
     everything = {ALL: "save"}
-    if work.nf4 and layers <= MOST_WRITTEN_OUT:  # in a loop it would copy weights
+    if work.nf4 and not _looped(work, split(layers, kept, kept)):  # in a loop it would copy weights
         count = _first(range(layers, 0, -1), lambda n: ok(split(n, everything, kept)))
         return split(count or 0, everything, kept)
     return split(layers, kept, kept)

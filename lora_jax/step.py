@@ -1,5 +1,6 @@
 """The training step as a pure function of arrays."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -199,6 +200,7 @@ class PlannedStep:
         shapes = tuple((name, array.shape) for name, array in sorted(batch.items()))
         if shapes not in self._compiled:
             work = of_step(self._model, lora, opt_state, frozen, batch)
+            work = dataclasses.replace(work, scan_layers=bool(self._scan_layers))
             plan, self._compiled[shapes] = self._fit(work, (lora, opt_state, frozen, batch))
             self.plans[batch["input_ids"].shape] = plan
         return self._compiled[shapes]

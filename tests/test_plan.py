@@ -279,6 +279,16 @@ def test_more_memory_never_makes_the_choice_slower():
     )
 
 
+def test_a_loop_that_is_asked_for_is_planned():
+    work = eight_b()
+    loop = dataclasses.replace(work, scan_layers=True)
+    for preset in ("full", "selective"):
+        assert memory(loop, PRESETS[preset], H100).total > memory(work, PRESETS[preset], H100).total
+        times = [seconds(w, PRESETS[preset], H100) for w in (loop, work)]
+        assert times[0]["copies"] > times[1]["copies"] == 0
+    assert plan.choose(loop, H100, 80 * GIB) == PRESETS["selective"]
+
+
 def test_long_rows_are_taken_in_parts_where_memory_is_short():
     work = eight_b(1, 32768)
     assert plan.choose(work, H100, 70 * GIB).mlp_rows is None
