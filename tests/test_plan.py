@@ -408,7 +408,7 @@ def test_the_trainer_plans(model, tmp_path, capsys):
     )
     output = SFTTrainer(model, args, train_dataset=rows).train()
     assert output.global_step == 1
-    assert "Rematerialisation chosen for them: selective" in capsys.readouterr().err
+    assert "Rematerialisation chosen for them: all layers: save input" in capsys.readouterr().err
 
 
 # ---- the command --------------------------------------------------------------------------------------------------
