@@ -58,7 +58,7 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     console = Console()
     task = make_task(settings.rows, settings.test_rows, seed=settings.seed)
     out = _new_folder(settings.out)
-    from lora_jax.cli import use_compile_cache
+    from lora_jax.step import use_compile_cache
 
     use_compile_cache()
     import jax
