@@ -33,8 +33,6 @@ MOST_WRITTEN_OUT = 48  # layers that a step writes out instead of looping over t
 
 # Shares of the stated rates that whole steps reached (H100, Llama-3.1-8B's shape, 2 x 2048 tokens, rank 16).
 _MATMUL, _ATTENTION, _ELEMENTWISE, _COPY, _DECODE = 0.745, 0.45, 0.68, 0.88, 0.68
-
-
 _LONG_ATTENTION = 0.62  # with many keys
 
 
@@ -499,9 +497,7 @@ def _choose(work: Workload, card: Card, budget: int, mlp_rows: int | None) -> Re
     return split(layers, kept, kept)
 
 
-def _split(
-    count: int, first: dict[str, str], rest: dict[str, str], layers: int, mlp_rows: int | None = None
-) -> RematPlan:
+def _split(count: int, first: dict[str, str], rest: dict[str, str], layers: int, mlp_rows: int | None) -> RematPlan:
     groups = [(count, tuple(first.items())), (layers - count, tuple(rest.items()))]
     groups = [group for group in groups if group[0]]
     return RematPlan(((None, groups[0][1]),) if len(groups) == 1 else tuple(groups), mlp_rows)

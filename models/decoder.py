@@ -507,12 +507,13 @@ def _run_stack(stack: Block, start: int, count: int, x: jax.Array, context: Cont
 
     if not scan:
         # The gradients of `split` are put together by one concatenation, those of slices would be added up.
-        entries = [jax.lax.split(leaf, (1,) * count) for leaf in jax.tree.leaves(part(trained))]
+        stacks, tree = jax.tree.flatten(part(trained))
+        entries = [jax.lax.split(leaf, (1,) * count) for leaf in stacks]
         layer = jax.jit(layer)  # traced once
         wrapped = layer if wrapper is None else wrapper(layer)
         for i in range(count):
             x, leaves = _together(x, [entry[i].squeeze(0) for entry in entries])
-            x = wrapped(x, jnp.int32(start + i), jax.tree.unflatten(jax.tree.structure(trained), leaves))
+            x = wrapped(x, jnp.int32(start + i), jax.tree.unflatten(tree, leaves))
         return x
     xs = (start + jnp.arange(count), part(trained))
     wrapped, xs = (layer, (*xs, part(frozen))) if wrapper is None else (wrapper(layer), xs)
@@ -544,9 +545,8 @@ def _is_nf4(leaf) -> bool:
 def _entry(leaf, index: jax.Array):
     """Entry `index` of a stack of arrays or NF4 weights; a single NF4 weight stays where it is, for the kernels."""
     if _is_nf4(leaf):
-        if len(leaf.shape) == 3 and leaf.shape[-1] % BLOCK == 0:
-            return NF4Layer(leaf, index)
-        return jax.tree.map(lambda part: _entry(part, index), leaf)
+        layer = NF4Layer(leaf, index)
+        return layer if len(leaf.shape) == 3 and leaf.shape[-1] % BLOCK == 0 else layer.cut()
     return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False, allow_negative_indices=False)
 
 
