@@ -28,7 +28,7 @@ from lora_jax.kernels.dispatch import sm_count, why_not_hopper
 from lora_jax.kernels.grouped import triton
 from lora_jax.kernels.grouped.triton import grouped_outer
 from lora_jax.kernels.grouped.xla import row_ranges
-from lora_jax.kernels.nf4.format import NF4Weight
+from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight
 
 __all__ = ["Tile", "grouped_matmul", "grouped_outer", "why_not"]
 
@@ -48,7 +48,7 @@ class Tile:
     swizzle: int = 8  # row blocks that follow each other before the next column block: they share the weight in L2
 
 
-def why_not(x: jax.Array, w: jax.Array | NF4Weight) -> str | None:
+def why_not(x: jax.Array, w: jax.Array | NF4Weight | NF4Layer) -> str | None:
     """Why this kernel cannot serve x [M, K] and w [E, N, K], or None."""
     if (reason := why_not_hopper()) is not None:
         return reason
@@ -59,7 +59,7 @@ def why_not(x: jax.Array, w: jax.Array | NF4Weight) -> str | None:
 
 def grouped_matmul(
     x: jax.Array,
-    w: jax.Array | NF4Weight,
+    w: jax.Array | NF4Weight | NF4Layer,
     group_sizes: jax.Array,
     *,
     contract: int,

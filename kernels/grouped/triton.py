@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lora_jax.kernels import dispatch
-from lora_jax.kernels.grouped.xla import row_ranges
+from lora_jax.kernels.grouped.xla import in_stack, row_ranges
 from lora_jax.kernels.nf4 import triton as nf4
-from lora_jax.kernels.nf4.format import BLOCK, NESTED_BLOCK, NF4Weight
+from lora_jax.kernels.nf4.format import BLOCK, NF4Layer, NF4Weight
 
 __all__ = ["Tile", "choose_tile", "dense", "grouped_matmul", "grouped_outer", "tiles", "why_not"]
 
@@ -67,26 +67,29 @@ def choose_tile(rows: float, columns: int) -> Tile:
     return table[max(least for least in table if least <= rows)]
 
 
-def why_not(x: jax.Array, w: jax.Array | NF4Weight) -> str | None:
+def why_not(x: jax.Array, w: jax.Array | NF4Weight | NF4Layer) -> str | None:
     """Why these kernels cannot serve x [M, K] and w [E, N, K], or None."""
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in 16 bits, x is {x.dtype}"
-    if not isinstance(w, NF4Weight):
+    if not isinstance(w, NF4Weight | NF4Layer):
         return None
     if math.prod(w.shape) > 2**32:
         return f"more than 2^32 weights {w.shape} overflow its 32-bit indices"
-    one = jax.eval_shape(lambda w: jax.tree.map(lambda leaf: leaf[0], w), w)
-    return nf4.why_not(x, one)
+    return nf4.why_not(x, in_stack(w))
 
 
-def dense(w: jax.Array | NF4Weight) -> jax.Array:
-    """The stack of experts in 16 bits."""
-    return jax.vmap(nf4.dequantize)(w) if isinstance(w, NF4Weight) else w
+def dense(w: jax.Array | NF4Weight | NF4Layer) -> jax.Array:
+    """The experts [E, N, K] in 16 bits."""
+    if not isinstance(w, NF4Weight | NF4Layer):
+        return w
+    first = in_stack(nf4.in_reach(w))
+    experts = first.index + jnp.arange(w.shape[0], dtype=jnp.int32)
+    return jax.vmap(lambda e: nf4.dequantize(NF4Layer(first.stack, e)))(experts)
 
 
 def grouped_matmul(
     x: jax.Array,
-    w: jax.Array | NF4Weight,
+    w: jax.Array | NF4Weight | NF4Layer,
     group_sizes: jax.Array,
     *,
     contract: int,
@@ -96,7 +99,7 @@ def grouped_matmul(
 ) -> jax.Array:
     """As `xla.grouped_matmul`; x is 16-bit, R a power of two and at least 16. `tile` is for tuning."""
     m, experts, d = x.shape[0], w.shape[0], w.shape[2 - contract]
-    if isinstance(w, NF4Weight) and contract and tile is None and m <= FEW_ROWS * experts:
+    if isinstance(w, NF4Weight | NF4Layer) and contract and tile is None and m <= FEW_ROWS * experts:
         return few_rows(x, w, group_sizes, thin, b)
     tile = tile or choose_tile(m / experts, d)
     w = dense(w)
@@ -180,7 +183,7 @@ def _store(o_ref, acc, start, end, first, in_cols):
 
 def few_rows(
     x: jax.Array,
-    w: NF4Weight,
+    w: NF4Weight | NF4Layer,
     group_sizes: jax.Array,
     thin: jax.Array | None = None,
     b: jax.Array | None = None,
@@ -195,9 +198,8 @@ def few_rows(
     (m, k), (experts, n, _) = x.shape, w.shape
     blocks = -(-m // tile.rows) + experts
     halves = jnp.moveaxis(x.reshape(m, k // 2, 2), 2, 0)
-    scales = [w.absmax]
-    if w.nested_absmax is not None and w.nested_offset is not None and w.nested_code is not None:
-        scales += [w.nested_absmax, w.nested_offset, w.nested_code]
+    first = in_stack(nf4.in_reach(w))
+    packed, *scales = nf4.arrays(first.stack)
     adapter = () if thin is None else (thin, b)
     return pl.pallas_call(
         functools.partial(_few_rows, tile=tile, experts=experts, scales=len(scales)),
@@ -206,10 +208,10 @@ def few_rows(
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=dispatch.interpret(),
         name="grouped_matmul_few_rows",
-    )(*_block_map(group_sizes, m, tile.rows, blocks), halves, w.packed, *scales, *adapter)
+    )(*_block_map(group_sizes, m, tile.rows, blocks), first.index.reshape(1), halves, packed, *scales, *adapter)
 
 
-def _few_rows(expert_ref, start_ref, end_ref, x_ref, packed_ref, *refs, tile, experts, scales):
+def _few_rows(expert_ref, start_ref, end_ref, first_ref, x_ref, packed_ref, *refs, tile, experts, scales):
     scale_refs, adapter_refs, o_ref = refs[:scales], refs[scales:-1], refs[-1]
     (_, m, half), n = x_ref.shape, o_ref.shape[1]
     block, first = pl.program_id(0), pl.program_id(1) * tile.cols
@@ -221,11 +223,13 @@ def _few_rows(expert_ref, start_ref, end_ref, x_ref, packed_ref, *refs, tile, ex
         rows = jnp.minimum(start + jnp.arange(tile.rows), m - 1)
         cols, in_cols = _indices(first, tile.cols, n)
         weight = jnp.minimum(e, experts - 1)
+        entry = first_ref[0] + weight
 
         def step(i, acc):
             at, in_depth = _indices(i * depth, depth, half)
             blocks, _ = _indices(i * (tile.depth // BLOCK), tile.depth // BLOCK, half * 2 // BLOCK)
-            pairs = nf4._pairs(packed_ref[weight, *_tile(cols, at)], _spread(_absmax(scale_refs, weight, cols, blocks)))
+            absmax = nf4.load_absmax(scale_refs, *_tile(cols, blocks), half * 2 // BLOCK, entry)
+            pairs = nf4.pairs(packed_ref[entry, *_tile(cols, at)], _spread(absmax))
             for part, word in enumerate((pairs << 16, pairs & jnp.int32(-65536))):
                 ws = jax.lax.bitcast_convert_type(word, jnp.float32).astype(x_ref.dtype)
                 xs = x_ref[part, *_tile(rows, at)]
@@ -239,17 +243,6 @@ def _few_rows(expert_ref, start_ref, end_ref, x_ref, packed_ref, *refs, tile, ex
         if adapter_refs:
             acc += _adapter(adapter_refs[0], adapter_refs[1], e, weight, rows, cols, experts)
         _store(o_ref, acc, start, end, first, in_cols)
-
-
-def _absmax(refs, e, rows, blocks):
-    """Float32 scales of some blocks of some rows of expert e."""
-    at = _tile(rows, blocks)
-    if len(refs) == 1:
-        return refs[0][e, *at]
-    absmax_ref, nested_ref, offset_ref, code_ref = refs
-    code = code_ref[e, absmax_ref[e, *at].astype(jnp.int32)]
-    nested = nested_ref[e, (at[0] * absmax_ref.shape[2] + at[1]) // NESTED_BLOCK]
-    return nf4._rounded("add", nf4._rounded("mul", code, nested), jnp.broadcast_to(offset_ref[e], code.shape))
 
 
 def _spread(absmax):

@@ -9,9 +9,9 @@ expert.
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels.nf4.format import NF4Weight, dequantize
+from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight, dequantize
 
-__all__ = ["grouped_matmul", "grouped_outer", "row_ranges", "why_not"]
+__all__ = ["grouped_matmul", "grouped_outer", "in_stack", "row_ranges", "why_not"]
 
 BLOCK_ROWS = 512
 
@@ -22,13 +22,22 @@ def row_ranges(group_sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
     return ends - group_sizes, ends
 
 
-def why_not(x: jax.Array, w: jax.Array | NF4Weight) -> None:
+def in_stack(w: NF4Weight | NF4Layer) -> NF4Layer:
+    """The first expert of w [E, N, K] in a stack of all experts [S, N, K], those of all layers if w is one of them."""
+    if isinstance(w, NF4Weight):
+        return NF4Layer(w, jnp.int32(0))
+    # No copy: the leading axes become one.
+    stack = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), w.stack)
+    return NF4Layer(stack, w.index * w.shape[0])
+
+
+def why_not(x: jax.Array, w: jax.Array | NF4Weight | NF4Layer) -> None:
     """There is nothing that the specification cannot do."""
 
 
 def grouped_matmul(
     x: jax.Array,
-    w: jax.Array | NF4Weight,
+    w: jax.Array | NF4Weight | NF4Layer,
     group_sizes: jax.Array,
     *,
     contract: int,
@@ -39,7 +48,7 @@ def grouped_matmul(
 
     Args:
       x: [M, C], rows sorted by expert; rows past the sum of group_sizes give zeros.
-      w: stacked weights [E, D, C] (contract=1) or [E, C, D] (contract=0), an array or an NF4Weight.
+      w: stacked weights [E, D, C] (contract=1) or [E, C, D] (contract=0), an array, an NF4Weight or an NF4Layer.
       group_sizes: int32 [E].
       contract: axis of w[e] that is contracted.
       thin, b: [M, R] and [E, R, D] in the dtype of x, or None.
@@ -91,10 +100,10 @@ def grouped_outer(x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.Arr
     return jax.lax.scan(expert, None, (starts, ends))[1]
 
 
-def _dense(w: jax.Array | NF4Weight, e: jax.Array, dtype) -> jax.Array:
+def _dense(w: jax.Array | NF4Weight | NF4Layer, e: jax.Array, dtype) -> jax.Array:
     """Expert e of the stack in the dtype of the activations."""
-    one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, e, keepdims=False), w)
-    if not isinstance(one, NF4Weight):
-        return one.astype(dtype)
+    if not isinstance(w, NF4Weight | NF4Layer):
+        return jax.lax.dynamic_index_in_dim(w, e, keepdims=False).astype(dtype)
+    first = in_stack(w)
     # XLA moves unpacking out of a loop, for all experts at once; it does not move work across a barrier.
-    return dequantize(jax.lax.optimization_barrier(one), dtype)
+    return dequantize(jax.lax.optimization_barrier(NF4Layer(first.stack, first.index + e).cut()), dtype)

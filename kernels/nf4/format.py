@@ -136,18 +136,19 @@ class NF4Weight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NF4Layer:
-    """One weight [N, K] of a stack that is not cut out of it: a kernel that can reads it where it lies.
+    """One weight [N, K], or all experts' [E, N, K], of a stack that is not cut out of it: a kernel that can reads it
+    where it lies.
 
     To cut it out would be a copy in every layer, since a kernel's operands are whole arrays.
     """
 
-    stack: NF4Weight  # [L, N, K]
+    stack: NF4Weight  # [L, N, K] or [L, E, N, K]
     index: jax.Array  # int32 []
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Logical shape [N, K]."""
-        return self.stack.shape[1:]  # pyright: ignore[reportReturnType]
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape [N, K] or [E, N, K]."""
+        return self.stack.shape[1:]
 
     def cut(self) -> NF4Weight:
         """The weight in arrays of its own."""

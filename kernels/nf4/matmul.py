@@ -14,7 +14,7 @@ from lora_jax.kernels.dispatch import on_gpu, resolve, tuning, why_not_hopper
 from lora_jax.kernels.nf4 import xla
 from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight, cut
 
-__all__ = ["choose", "lora_matmul"]
+__all__ = ["choose", "dropout", "lora_matmul"]
 
 
 def lora_matmul(
@@ -63,7 +63,7 @@ def lora_matmul(
         raise ValueError(f"lora_matmul: dropout_rate={dropout_rate} needs a dropout_key")
     rows = x.reshape(-1, k)
     chosen = choose(rows, w, a, implementation)
-    w = w if set(chosen[:2]) == {"triton"} else cut(w)
+    w = cut(w) if "xla" in chosen[:2] else w  # the kernels read a layer where it lies, or cut it out themselves
     if a is None or b is None:
         y = _base(rows, w, chosen)
     else:
@@ -114,7 +114,6 @@ def _why_not(name, direction, x, w, a) -> str | None:
         from lora_jax.kernels.nf4 import triton
 
         return triton.why_not(x, w, a)
-    w = cut(w)  # a question costs nothing: what is not used is not computed
     if name == "triton_in_loop":
         from lora_jax.kernels.nf4 import triton_matmul
 
@@ -157,7 +156,7 @@ def _forward(x, w, a, b, key, scale, rate, choice):
     options = {"tiles": choice.tiles} if choice.tiles else {}
     if key is None:
         return _module(choice.forward).forward(x, w, a, b, **options)
-    thin = _dot(_dropout(x, key, rate), a).astype(x.dtype)
+    thin = _dot(dropout(x, key, rate), a).astype(x.dtype)
     return (_module(choice.forward).base_matmul(x, w, **options) + _dot(thin, b)).astype(x.dtype), None
 
 
@@ -175,12 +174,12 @@ def _lora_fwd(x, w, a, b, key, scale, rate, choice):
 def _lora_bwd(scale, rate, choice, residuals, dy):
     x, w, a, b, key, thin = residuals
     a16, b16 = a.astype(x.dtype), (scale * b).astype(x.dtype)
-    dropped = _dropout(x, key, rate)
+    dropped = dropout(x, key, rate)
     dx, dthin = _module(choice.dx).input_gradient(dy, w, a16, b16) if key is None else (None, None)
     if dthin is None:
         dthin = _dot(dy, b16.T).astype(x.dtype)  # [M, R]
     if dx is None:
-        dx_adapter = _dropout(_dot(dthin, a16.T), key, rate)
+        dx_adapter = dropout(_dot(dthin, a16.T), key, rate)
         dx = (_module(choice.dx).base_matmul_transposed(dy, w) + dx_adapter).astype(x.dtype)
     if thin is None:
         thin = _dot(dropped, a16).astype(x.dtype)  # [M, R]
@@ -196,7 +195,7 @@ def _dot(x, y):
     return jnp.dot(x, y, preferred_element_type=jnp.float32)
 
 
-def _dropout(x, key, rate):
+def dropout(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
     """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate); its own transpose."""
     if key is None:
         return x

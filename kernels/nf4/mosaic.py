@@ -45,7 +45,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from lora_jax.kernels.dispatch import sm_count
 from lora_jax.kernels.nf4 import mosaic_few
-from lora_jax.kernels.nf4.format import BLOCK, CODE, NF4Weight, dequantize_absmax
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NF4Layer, NF4Weight, cut, dequantize_absmax
 
 __all__ = [
     "TiledWeight",
@@ -90,7 +90,7 @@ class TiledWeight:
 
 def why_not(
     x: jax.Array,
-    w: jax.Array | NF4Weight | TiledWeight,
+    w: jax.Array | NF4Weight | NF4Layer | TiledWeight,
     a: jax.Array | None = None,
     *,
     transposed: bool = False,
@@ -99,7 +99,7 @@ def why_not(
 
     Says nothing about the device, which must have compute capability 9.0.
     """
-    if not isinstance(w, NF4Weight | TiledWeight):
+    if not isinstance(w, NF4Weight | NF4Layer | TiledWeight):
         return "the weight is not NF4"
     if not transposed and _few(x, w):
         return mosaic_few.why_not(x, w, a)
@@ -114,35 +114,37 @@ def why_not(
     return None
 
 
-def base_matmul(x: jax.Array, w: NF4Weight | TiledWeight) -> jax.Array:
+def base_matmul(x: jax.Array, w: NF4Weight | NF4Layer | TiledWeight) -> jax.Array:
     """x [M, K] times W^T: [M, N] in the dtype of x."""
     return mosaic_few.base_matmul(x, w) if _few(x, w) else matmul(x, w)
 
 
-def base_matmul_transposed(dy: jax.Array, w: NF4Weight | TiledWeight) -> jax.Array:
+def base_matmul_transposed(dy: jax.Array, w: NF4Weight | NF4Layer | TiledWeight) -> jax.Array:
     """dy [M, N] times W: [M, K] in the dtype of dy."""
     return matmul_transposed(dy, w)
 
 
-def forward(x: jax.Array, w: NF4Weight | TiledWeight, a: jax.Array, b: jax.Array) -> tuple[jax.Array, None]:
+def forward(x: jax.Array, w: NF4Weight | NF4Layer | TiledWeight, a: jax.Array, b: jax.Array) -> tuple[jax.Array, None]:
     """(x W^T + x a b [M, N], None) for a [K, R], b [R, N]: x a is computed again in backward."""
     return mosaic_few.forward(x, w, a, b) if _few(x, w) else (matmul(x, w, a, b), None)
 
 
-def input_gradient(dy: jax.Array, w: NF4Weight | TiledWeight, a: jax.Array, b: jax.Array) -> tuple[jax.Array, None]:
+def input_gradient(
+    dy: jax.Array, w: NF4Weight | NF4Layer | TiledWeight, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, None]:
     """(dy W + (dy b^T) a^T [M, K], None) for dy [M, N]."""
     return matmul_transposed(dy, w, a, b), None
 
 
 def _few(x, w) -> bool:
     """Whether the kernel for few rows takes it."""
-    return isinstance(w, NF4Weight) and x.shape[0] <= mosaic_few.MAX_ROWS
+    return not isinstance(w, TiledWeight) and x.shape[0] <= mosaic_few.MAX_ROWS
 
 
 def matmul(x, w, a=None, b=None, scale: float = 1.0, config: Config = Config()) -> jax.Array:
     """y [M, N] = x W^T + scale (x a) b for x bfloat16 [M, K], any M, W NF4 [N, K], a [K, R], b [R, N].
 
-    An NF4Weight is tiled first, on every call; a TiledWeight is not.
+    An NF4 weight is tiled first, on every call; a TiledWeight is not.
     """
     tiled = w if isinstance(w, TiledWeight) else tile_weight(w)
     if a is None or b is None:
@@ -158,8 +160,9 @@ def matmul_transposed(dy, w, a=None, b=None, scale: float = 1.0, config: Config 
     return _call(dy, tiled.blocks, _thin(dy, (scale * b).T), _fragments(a.T), True, config)
 
 
-def tile_weight(w: NF4Weight) -> TiledWeight:
+def tile_weight(w: NF4Weight | NF4Layer) -> TiledWeight:
     """Reorders a weight [N, K], both multiples of 64, for the kernel; lossless but for the scales, kept to 2^-16."""
+    w = cut(w)
     n, k = w.shape
     # Groups of 16 bytes hold 32 weights of a row. wgmma's fragment gives a thread (quad) the bytes quad, quad + 4,
     # quad + 8 and quad + 12: its word is a column of the 4 x 4 bytes.

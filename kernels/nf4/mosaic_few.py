@@ -45,7 +45,7 @@ from jaxlib.mlir.dialects import gpu
 
 from lora_jax.kernels.dispatch import sm_count
 from lora_jax.kernels.nf4 import mosaic_instructions as ptx
-from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Weight
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Layer, NF4Weight
 
 __all__ = ["MAX_ROWS", "Tiles", "base_matmul", "choose", "forward", "matmul", "why_not"]
 
@@ -141,14 +141,14 @@ def why_not(x, w, a=None) -> str | None:
 
     Says nothing about the device, which must have compute capability 9.0.
     """
-    if not isinstance(w, NF4Weight):
+    if not isinstance(w, NF4Weight | NF4Layer):
         return "the weight is not NF4"
-    if w.packed.ndim != 2:
+    if len(w.shape) != 2:
         return f"it takes one weight [N, K], got shape {w.shape}"
     (m, k), n = x.shape, w.shape[0]
     if m > MAX_ROWS:
         return f"it takes at most {MAX_ROWS} rows, got {m}"
-    if k % BLOCK or w.absmax.ndim != 2:
+    if k % BLOCK or _whole(w).absmax.ndim != _whole(w).packed.ndim:
         return f"K must be a multiple of {BLOCK}, got K = {k}"
     if x.dtype != jnp.bfloat16:
         return f"activations must be bfloat16, got {x.dtype}"
@@ -178,28 +178,29 @@ def choose(m: int, n: int, k: int) -> Tiles:
     return Tiles(warps=8, splits=8 // groups, units=2, blocks=2 if m <= 32 else 1)
 
 
-def base_matmul(x: jax.Array, w: NF4Weight) -> jax.Array:
+def base_matmul(x: jax.Array, w: NF4Weight | NF4Layer) -> jax.Array:
     """x [M, K] times W^T: [M, N] in bfloat16."""
     return matmul(x, w)
 
 
-def forward(x: jax.Array, w: NF4Weight, a: jax.Array, b: jax.Array) -> tuple[jax.Array, None]:
+def forward(x: jax.Array, w: NF4Weight | NF4Layer, a: jax.Array, b: jax.Array) -> tuple[jax.Array, None]:
     """(x W^T + x a b [M, N], None) for a [K, R], b [R, N]: x a is computed again in backward."""
     return matmul(x, w, a, b), None
 
 
-def matmul(x, w: NF4Weight, a=None, b=None, scale: float = 1.0, *, tiles: Tiles | None = None) -> jax.Array:
+def matmul(x, w: NF4Weight | NF4Layer, a=None, b=None, scale: float = 1.0, *, tiles: Tiles | None = None) -> jax.Array:
     """y [M, N] = x W^T + scale (x a) b for x bfloat16 [M, K], M <= 64, w NF4 [N, K], a [K, R], b [R, N].
 
-    Raises NotImplementedError if `why_not` objects.
+    A layer of a stack is read where it lies, in a stack of any size. Raises NotImplementedError if `why_not` objects.
     """
     if (reason := why_not(x, w, a)) is not None:
         raise NotImplementedError(f"nf4 matmul (mosaic, few rows): {reason}")
     plan = _plan(x, w, a, tiles or choose(x.shape[0], *w.shape))
-    arrays = dict(x=x, packed=w.packed, absmax=w.absmax, table=jnp.asarray(_table()))
+    index = {"index": w.index.reshape(1)} if isinstance(w, NF4Layer) else {}
+    w = _whole(w)
+    arrays = dict(x=x, packed=w.packed, absmax=w.absmax, table=jnp.asarray(_table()), **index)
     if w.nested_absmax is not None and w.nested_offset is not None and w.nested_code is not None:
-        nested = dict(nested=w.nested_absmax, offset=w.nested_offset.reshape(1), code=w.nested_code)
-        arrays |= nested
+        arrays |= dict(nested=w.nested_absmax, offset=w.nested_offset.reshape(-1), code=w.nested_code)
     if a is not None and b is not None:
         arrays |= dict(thin=_thin(x, a.astype(x.dtype)), b=(b if scale == 1 else scale * b).astype(x.dtype))
     scratch = dict(
@@ -219,7 +220,12 @@ def matmul(x, w: NF4Weight, a=None, b=None, scale: float = 1.0, *, tiles: Tiles 
 def _plan(x, w, a, tiles: Tiles) -> _Plan:
     (m, k), n = x.shape, w.shape[0]
     grid = min(_units(n), sm_count() * tiles.per_sm)
-    return _Plan(m, n, k, 0 if a is None else a.shape[1], w.double_quantized, tiles, grid)
+    return _Plan(m, n, k, 0 if a is None else a.shape[1], _whole(w).double_quantized, tiles, grid)
+
+
+def _whole(w: NF4Weight | NF4Layer) -> NF4Weight:
+    """The weight, or the stack that it is a layer of."""
+    return w.stack if isinstance(w, NF4Layer) else w
 
 
 def _units(n: int) -> int:
@@ -306,7 +312,19 @@ _LOOK_UP = (
 # The kernels, in single instructions. Registers are ptx.Int (int32 and addresses) or MLIR values (float32).
 
 
+def _of_layer(plan: _Plan, at: dict) -> dict:
+    """The addresses; those of a stack's arrays, if the weight is a layer, moved on to where the layer begins."""
+    if "index" not in at:
+        return at
+    index, blocks = ptx.uniform(ptx.load(at["index"], "b32")[0]), plan.n * plan.k // BLOCK
+    sizes = {"packed": plan.n * plan.k // 2, "absmax": blocks * (1 if plan.double else 4)}
+    if plan.double:
+        sizes |= {"nested": 4 * -(-blocks // NESTED_BLOCK), "offset": 4, "code": 4 * 256}
+    return at | {name: at[name].entry(index, size) for name, size in sizes.items()}
+
+
 def _matmul_body(plan: _Plan, at: dict) -> None:
+    at = _of_layer(plan, at)
     tiles, columns, chunk, chunks = plan.tiles, plan.columns, plan.chunk, plan.chunks
     units, splits, groups, threads = tiles.units, tiles.splits, tiles.groups, 32 * tiles.warps
     thread, warp = ptx.thread_and_warp()

@@ -38,6 +38,7 @@ __all__ = [
     "store",
     "store_bf16",
     "thread_and_warp",
+    "uniform",
     "wait_for_copies",
     "when",
 ]
@@ -85,6 +86,11 @@ class Int:
         """A device address and a 32-bit number of bytes, unsigned."""
         return Int(arith.addi(self.value, arith.extui(ir.IntegerType.get_signless(64), place.value)))
 
+    def entry(self, index: "Int", size: int) -> "Int":
+        """A device address and `index` times `size` bytes, in 64 bits; neither is negative."""
+        i64 = ir.IntegerType.get_signless(64)
+        return Int(arith.addi(self.value, arith.muli(arith.extui(i64, index.value), arith.constant(i64, size))))
+
     @staticmethod
     def raw(other):
         """The MLIR value."""
@@ -102,9 +108,14 @@ def select(condition: Int, x, y) -> Int:
 
 
 def thread_and_warp() -> tuple[Int, Int]:
-    """Numbers in the thread block. The shuffle tells the compiler that the second is equal in all lanes."""
+    """Numbers in the thread block; the second is `uniform`."""
     thread = Int(utils.thread_idx())
-    return thread, asm([I32], [thread // 32], "shfl.sync.idx.b32 $0, $1, 0, 0x1f, -1;", "=r,r", True)[0]
+    return thread, uniform(thread // 32)
+
+
+def uniform(value: Int) -> Int:
+    """A number that is equal in all lanes, which the compiler now knows, too."""
+    return asm([I32], [value], "shfl.sync.idx.b32 $0, $1, 0, 0x1f, -1;", "=r,r", True)[0]
 
 
 def block_number() -> Int:

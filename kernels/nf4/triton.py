@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from lora_jax.kernels import dispatch
 from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Layer, NF4Weight, select
 
-__all__ = ["asm", "dequantize", "lane_table", "load_absmax", "why_not"]
+__all__ = ["arrays", "asm", "dequantize", "in_reach", "lane_table", "load_absmax", "pairs", "why_not"]
 
 _TILE = 2048  # bytes of a row that one program decodes
 _BYTES = 2048  # bytes of all its rows: 8 for each of 256 threads
@@ -70,26 +70,29 @@ def dequantize(
         extra = [_as_pairs(below)]
         rows = math.gcd(rows, below.shape[0])
         grid, shape = ((n + below.shape[0]) // rows, half // tile), (n + below.shape[0], half)
-    arrays = [_arrays(_small_enough(w)) for w in weights]
-    sizes = tuple(len(one) for one in arrays)
+    operands = [arrays(in_reach(w)) for w in weights]
+    sizes = tuple(len(one) for one in operands)
     # Pairs of bfloat16 are written as 32-bit words; the bit casts around the kernel cost nothing.
-    pairs = pl.pallas_call(
+    words = pl.pallas_call(
         functools.partial(_kernel, sizes=sizes, n=n, rows=rows, tile=tile, beside=beside is not None),
         grid=grid,
         out_shape=jax.ShapeDtypeStruct(shape, jnp.int32),
         compiler_params=plgpu.CompilerParams(num_warps=max(1, rows * tile // 256), num_stages=1),
         interpret=dispatch.interpret(),
         name="nf4_dequantize",
-    )(*itertools.chain(*arrays), *extra)
-    return jax.lax.bitcast_convert_type(pairs, jnp.bfloat16).reshape(shape[0], 2 * shape[1])
+    )(*itertools.chain(*operands), *extra)
+    return jax.lax.bitcast_convert_type(words, jnp.bfloat16).reshape(shape[0], 2 * shape[1])
 
 
-def _small_enough(w: NF4Weight | NF4Layer) -> NF4Weight | NF4Layer:
-    """Pallas counts in 64 bits where an array is larger than 2^32 bytes, but 2^31 are too many for 32."""
+def in_reach(w: NF4Weight | NF4Layer) -> NF4Weight | NF4Layer:
+    """The weight, cut out of a stack whose elements a kernel cannot all count.
+
+    Pallas counts in 64 bits where an array is larger than 2^32 bytes, but 2^31 are too many for 32.
+    """
     return w.cut() if isinstance(w, NF4Layer) and 2**31 <= w.stack.packed.size <= 2**32 else w
 
 
-def _arrays(w: NF4Weight | NF4Layer) -> list[jax.Array]:
+def arrays(w: NF4Weight | NF4Layer) -> list[jax.Array]:
     """[codes, scales], what double-quantised scales are decoded with, and the index in the stack if it is in one."""
     index = [w.index.reshape(1)] if isinstance(w, NF4Layer) else []
     w = w.stack if isinstance(w, NF4Layer) else w
@@ -139,7 +142,7 @@ def _decode(refs, out_ref, first, row, col, rows, tile):
     blocks = (col + jnp.arange(tile, dtype=jnp.int32)[None]) >> (BLOCK // 2).bit_length() - 1
     lines, blocks = (jnp.broadcast_to(i, (rows, tile)) for i in (lines, blocks))
     absmax = load_absmax(scale_refs, lines, blocks, packed_ref.shape[-1] // (BLOCK // 2), *entry)
-    out_ref[pl.ds(first + row, rows), cols] = _pairs(packed_ref[*entry, pl.ds(row, rows), cols], absmax)
+    out_ref[pl.ds(first + row, rows), cols] = pairs(packed_ref[*entry, pl.ds(row, rows), cols], absmax)
 
 
 def load_absmax(refs, rows, blocks, blocks_in_row, *entry):
@@ -160,7 +163,7 @@ def _rounded(op, x, y):
     return asm(f"{op}.rn.f32 $0, $1, $2;", (x, y), "=f,f,f", jnp.float32)
 
 
-def _pairs(codes, absmax):
+def pairs(codes, absmax):
     """Weights of bytes as int32: the bfloat16 of the high nibble in the low half, and the other above."""
     if dispatch.interpret():
         halves = [select(codes.astype(jnp.int32) >> shift & 15, CODE) * absmax for shift in (4, 0)]

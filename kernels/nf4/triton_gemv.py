@@ -27,8 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lora_jax.kernels.dispatch import interpret
-from lora_jax.kernels.nf4.format import BLOCK, CODE, NF4Weight, select
-from lora_jax.kernels.nf4.triton import asm, lane_table, load_absmax
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NF4Layer, NF4Weight, select
+from lora_jax.kernels.nf4.triton import arrays, asm, in_reach, lane_table, load_absmax
 
 __all__ = ["MAX_ROWS", "Gemv", "choose", "gemv"]
 
@@ -52,26 +52,27 @@ def choose(n: int) -> Gemv:
     return Gemv() if n >= 8192 else Gemv(rows=8, blocks=16)
 
 
-def gemv(x: jax.Array, w: NF4Weight, a=None, b=None, scale: float = 1.0, *, config: Gemv) -> jax.Array:
-    """x W^T + scale (x a) b, bfloat16 [M, N], for at most 4 rows x [M, K], w [N, K], a [K, R], b [R, N]."""
+def gemv(x: jax.Array, w: NF4Weight | NF4Layer, a=None, b=None, scale: float = 1.0, *, config: Gemv) -> jax.Array:
+    """x W^T + scale (x a) b, bfloat16 [M, N], for at most 4 rows x [M, K], w [N, K], a [K, R], b [R, N].
+
+    A layer of a stack is read where it lies.
+    """
     (m, k), n = x.shape, w.shape[0]
     if m > MAX_ROWS:
         raise ValueError(f"gemv takes at most {MAX_ROWS} rows, got {m}")
     pairs = jax.lax.bitcast_convert_type(x.reshape(m, k // 2, 2), jnp.int32)
-    scales = [w.absmax]
-    if w.nested_absmax is not None and w.nested_offset is not None and w.nested_code is not None:
-        scales += [w.nested_absmax, w.nested_offset.reshape(1), w.nested_code]
+    weight = arrays(in_reach(w))
     factors = []
     if a is not None and b is not None:
         factors = [_thin_parts(x, a), b]
     return pl.pallas_call(
-        functools.partial(_kernel, scales=len(scales), scale=scale, config=config),
+        functools.partial(_kernel, size=len(weight), scale=scale, config=config),
         grid=(pl.cdiv(n, config.rows),),
         out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret(),
         name="nf4_gemv",
-    )(pairs, w.packed, *scales, *factors)
+    )(pairs, *weight, *factors)
 
 
 def _thin_parts(x, a):
@@ -100,9 +101,10 @@ def _thin_kernel(x_ref, a_ref, out_ref, *, size):
         plgpu.store(out_ref.at[pl.program_id(0), index, lane], jnp.sum(x[:, None] * a, axis=0), mask=lane < r)
 
 
-def _kernel(x_ref, packed_ref, *refs, scales, scale, config):
-    scale_refs, factor_refs, y_ref = refs[:scales], refs[scales:-1], refs[-1]
-    (m, half), n = x_ref.shape, packed_ref.shape[0]
+def _kernel(x_ref, *refs, size, scale, config):
+    (packed_ref, *scale_refs), factor_refs, y_ref = refs[:size], refs[size:-1], refs[-1]
+    entry = (scale_refs.pop()[0],) if packed_ref.ndim == 3 else ()
+    (m, half), n = x_ref.shape, y_ref.shape[1]
     total = half // _BYTES
     out_row = pl.program_id(0) * config.rows + jnp.arange(config.rows, dtype=jnp.int32)
     # Shuffles want every lane, so rows and blocks that do not exist are read from the last ones, and count for nothing.
@@ -114,8 +116,9 @@ def _kernel(x_ref, packed_ref, *refs, scales, scale, config):
         block = i * config.blocks + jnp.arange(config.blocks, dtype=jnp.int32)
         real, block = block < total, jnp.minimum(block, total - 1)
         column = block[:, None] * _BYTES + byte[None, :]
-        packed = packed_ref[_spread(row[:, None, None], shape), _spread(column[None], shape)]
-        absmax = load_absmax(scale_refs, _spread(row[:, None], shape[:2]), _spread(block[None], shape[:2]), total)
+        packed = packed_ref[*entry, _spread(row[:, None, None], shape), _spread(column[None], shape)]
+        blocks = _spread(row[:, None], shape[:2]), _spread(block[None], shape[:2])
+        absmax = load_absmax(scale_refs, *blocks, total, *entry)
         even, odd = _values(packed)
         out = []
         for index in range(m):

@@ -49,7 +49,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from lora_jax.kernels.dispatch import interpret
 from lora_jax.kernels.nf4 import triton_gemv
-from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Weight, select
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Layer, NF4Weight, cut, select
+from lora_jax.kernels.nf4.triton import arrays, in_reach
 from lora_jax.kernels.nf4.triton_adapter import padded_rank
 from lora_jax.kernels.nf4.triton_gemv import Gemv
 
@@ -111,11 +112,11 @@ _PROGRAMS = 448  # few rows: K is split until about so many programs share the w
 
 def why_not(x, w, a=None, b=None) -> str | None:
     """Reason why the kernels of this file cannot multiply x [M, K] by w [N, K] with factors a, b; None if they can."""
-    if not isinstance(w, NF4Weight):
+    if not isinstance(w, NF4Weight | NF4Layer):
         return "the weight is not NF4"
-    n, k = w.shape[-2:]
-    if w.packed.ndim != 2:
+    if len(w.shape) != 2:
         return f"it takes one weight [N, K], got shape {w.shape}"
+    n, k = w.shape
     if k % BLOCK:
         return f"K must be a multiple of {BLOCK}, got K = {k}"
     if x.dtype != jnp.bfloat16:
@@ -140,22 +141,22 @@ def choose(m: int, n: int, k: int) -> Gemv | FewRows | ManyRows:
     return dataclasses.replace(config, blocks=blocks, splits=splits)
 
 
-def base_matmul(x: jax.Array, w: NF4Weight, tiles=None) -> jax.Array:
+def base_matmul(x: jax.Array, w: NF4Weight | NF4Layer, tiles=None) -> jax.Array:
     """x [M, K] times W^T: [M, N] in the dtype of x. `tiles`: pairs (field, value) that replace those of `choose`."""
     return matmul(x, w, config=_replaced(x, w, tiles))
 
 
-def base_matmul_transposed(dy: jax.Array, w: NF4Weight) -> jax.Array:
+def base_matmul_transposed(dy: jax.Array, w: NF4Weight | NF4Layer) -> jax.Array:
     """dy [M, N] times W: [M, K] in the dtype of dy."""
     return many_rows_transposed(dy, w, config=_many(dy.shape[0]))
 
 
-def forward(x: jax.Array, w: NF4Weight, a: jax.Array, b: jax.Array, tiles=None) -> tuple[jax.Array, None]:
+def forward(x: jax.Array, w: NF4Weight | NF4Layer, a: jax.Array, b: jax.Array, tiles=None) -> tuple[jax.Array, None]:
     """(x W^T + x a b [M, N], None) for a [K, R], b [R, N]: x a is computed again in backward."""
     return matmul(x, w, a, b, config=_replaced(x, w, tiles)), None
 
 
-def input_gradient(dy: jax.Array, w: NF4Weight, a: jax.Array, b: jax.Array) -> tuple[jax.Array, None]:
+def input_gradient(dy: jax.Array, w: NF4Weight | NF4Layer, a: jax.Array, b: jax.Array) -> tuple[jax.Array, None]:
     """(dy W + (dy b^T) a^T [M, K], None) for dy [M, N]."""
     return many_rows_transposed(dy, w, a, b, config=_many(dy.shape[0])), None
 
@@ -169,10 +170,11 @@ def _many(m: int) -> ManyRows:
     return next(config for limit, config in _MANY if m <= limit)
 
 
-def matmul(x: jax.Array, w: NF4Weight, a=None, b=None, scale: float = 1.0, *, config=None) -> jax.Array:
+def matmul(x: jax.Array, w: NF4Weight | NF4Layer, a=None, b=None, scale: float = 1.0, *, config=None) -> jax.Array:
     """y = x W^T + scale (x a) b for x [M, K] bfloat16, w [N, K], a [K, R], b [R, N]; returns [M, N] in bfloat16.
 
-    `config` is a Gemv, FewRows or ManyRows, None for the measured one. Raises NotImplementedError if `why_not` objects.
+    `config` is a Gemv, FewRows or ManyRows, None for the measured one. A layer of a stack is read where it lies, but
+    for many rows it is cut out. Raises NotImplementedError if `why_not` objects.
     """
     if (reason := why_not(x, w, a, b)) is not None:
         raise NotImplementedError(f"nf4 matmul (triton): {reason}")
@@ -184,7 +186,9 @@ def matmul(x: jax.Array, w: NF4Weight, a=None, b=None, scale: float = 1.0, *, co
     return many_rows(x, w, a, b, scale, config=config)
 
 
-def few_rows(x: jax.Array, w: NF4Weight, a=None, b=None, scale: float = 1.0, *, config: FewRows) -> jax.Array:
+def few_rows(
+    x: jax.Array, w: NF4Weight | NF4Layer, a=None, b=None, scale: float = 1.0, *, config: FewRows
+) -> jax.Array:
     """`matmul` for at most 64 rows, bound by the bytes of the weight."""
     (m, k), n = x.shape, w.shape[0]
     if m > MAX_FEW:
@@ -218,14 +222,16 @@ def _few_kernel(refs, parts, thin_parts: Any = None, *, m, n, k, rows, rank, thi
         out = (column - thin) * config.bn + jnp.arange(config.bn)
         out_ok = out < n
         table = _load_table(refs["table"], config.shuffle)
+        entry = (refs["index"][0],) if "index" in refs else ()
         steps = k // BLOCK // config.splits // config.blocks
 
         def step(i, acc):
             first = (split * steps + i) * config.blocks
-            scales = _scales_of_group(refs, out, out_ok, first, config, k // BLOCK)
+            scales = _scales_of_group(refs, entry, out, out_ok, first, config, k // BLOCK)
             for j in range(config.blocks):
                 half = (first + j) * (BLOCK // 2) + jnp.arange(BLOCK // 2)
-                packed = plgpu.load(refs["packed"].at[out[:, None], half[None, :]], mask=out_ok[:, None], other=0)
+                packed = refs["packed"].at[*entry, out[:, None], half[None, :]]
+                packed = plgpu.load(packed, mask=out_ok[:, None], other=0)
                 column_of_x = (first + j) * BLOCK + jnp.arange(BLOCK)
                 x = plgpu.load(refs["x"].at[row[:, None], column_of_x[None, :]], mask=row_ok[:, None], other=0)
                 w = _values(packed, table)
@@ -286,10 +292,12 @@ def _sum_kernel(refs, y, *, scale, bm, bn, thin_shape):
     plgpu.store(y.at[index], acc.astype(y.dtype), mask=mask)
 
 
-def many_rows(x: jax.Array, w: NF4Weight, a=None, b=None, scale: float = 1.0, *, config: ManyRows) -> jax.Array:
+def many_rows(
+    x: jax.Array, w: NF4Weight | NF4Layer, a=None, b=None, scale: float = 1.0, *, config: ManyRows
+) -> jax.Array:
     """`matmul` for any number of rows, bound by the tensor cores."""
     (m, k), n = x.shape, w.shape[0]
-    inputs = dict(x=x, table=_table_words(), **_weight_arrays(w))
+    inputs = dict(x=x, table=_table_words(), **_weight_arrays(cut(w)))
     if a is not None and b is not None:
         rank = _padded_rank(a)
         thin = jnp.dot(x, a.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
@@ -326,12 +334,14 @@ def _many_kernel(refs, y, *, k, config):
     plgpu.store(y.at[index], acc.astype(y.dtype), mask=mask if m % bm or n % bn else None)
 
 
-def many_rows_transposed(dy: jax.Array, w: NF4Weight, a=None, b=None, scale=1.0, *, config: ManyRows) -> jax.Array:
+def many_rows_transposed(
+    dy: jax.Array, w: NF4Weight | NF4Layer, a=None, b=None, scale=1.0, *, config: ManyRows
+) -> jax.Array:
     """dx = dy W + scale (dy b^T) a^T for dy [M, N] bfloat16: [M, K] in bfloat16. `config.bn` must divide K."""
     (m, _n), k = dy.shape, w.shape[1]
     if k % config.bn or config.bn % BLOCK:
         raise ValueError(f"{config}: bn must be a multiple of {BLOCK} and divide K = {k}")
-    inputs = dict(x=dy, table=_table_words(), **_weight_arrays(w))
+    inputs = dict(x=dy, table=_table_words(), **_weight_arrays(cut(w)))
     if a is not None and b is not None:
         rank = _padded_rank(a)
         thin = jnp.dot(dy, (scale * b).astype(dy.dtype).T, preferred_element_type=jnp.float32).astype(dy.dtype)
@@ -392,11 +402,12 @@ def _call(kernel, name, inputs, out, grid, warps, stages):
     return call(inputs)
 
 
-def _weight_arrays(w: NF4Weight) -> dict[str, Any]:
-    arrays: dict[str, Any] = dict(packed=w.packed, absmax=w.absmax)
-    if w.double_quantized:
-        arrays |= dict(nested_absmax=w.nested_absmax, nested_offset=w.nested_offset, nested_code=w.nested_code)
-    return arrays
+def _weight_arrays(w: NF4Weight | NF4Layer) -> dict[str, jax.Array]:
+    """The weight's arrays by name; of a layer those of its whole stack, and its `index`."""
+    w = in_reach(w)
+    whole = w.stack if isinstance(w, NF4Layer) else w
+    names = ["packed", "absmax"] + ["nested_absmax", "nested_offset", "nested_code"] * whole.double_quantized
+    return dict(zip(names + ["index"] * isinstance(w, NF4Layer), arrays(w), strict=True))
 
 
 def _padded_rank(a) -> int:
@@ -408,24 +419,28 @@ def _pad_rank(x, rank):
     return jnp.pad(x, ((0, 0), (0, rank - x.shape[1])))
 
 
-def _scales_of_group(refs, out, out_ok, first, config, blocks_of_row):
-    """float32 [len(out)] absmax / STRETCH for each block of a step from `first` on; they share a nested scale."""
+def _scales_of_group(refs, entry, out, out_ok, first, config, blocks_of_row):
+    """float32 [len(out)] absmax / STRETCH for each block of a step from `first` on; they share a nested scale.
+
+    `entry` is () for a weight and (number of the layer,) for a layer of a stack.
+    """
     factor: Any = _INVERSE
     if "nested_code" in refs:
         group = (out * blocks_of_row + first) // NESTED_BLOCK
-        factor = plgpu.load(refs["nested_absmax"].at[group], mask=out_ok, other=0) * _INVERSE
+        factor = plgpu.load(refs["nested_absmax"].at[*entry, group], mask=out_ok, other=0) * _INVERSE
 
     def decode(stored, factor):
         if "nested_code" not in refs:
             return stored * factor
-        code = plgpu.load(refs["nested_code"].at[stored.astype(jnp.int32)])
-        return code * factor + refs["nested_offset"][...] * _INVERSE
+        code = plgpu.load(refs["nested_code"].at[*entry, stored.astype(jnp.int32)])
+        return code * factor + refs["nested_offset"][entry[0] if entry else 0] * _INVERSE
 
+    at = refs["absmax"].at
     if not config.together:
-        stored = [plgpu.load(refs["absmax"].at[out, first + j], mask=out_ok, other=0) for j in range(config.blocks)]
+        stored = [plgpu.load(at[*entry, out, first + j], mask=out_ok, other=0) for j in range(config.blocks)]
         return [decode(s, factor) for s in stored]
     block = jnp.arange(config.blocks)
-    stored = plgpu.load(refs["absmax"].at[out[:, None], (first + block)[None, :]], mask=out_ok[:, None], other=0)
+    stored = plgpu.load(at[*entry, out[:, None], (first + block)[None, :]], mask=out_ok[:, None], other=0)
     scales = decode(stored, factor[:, None] if "nested_code" in refs else factor)
     return [jnp.sum(jnp.where((block == j)[None, :], scales, 0), axis=1) for j in range(config.blocks)]
 
@@ -440,7 +455,7 @@ def _scaled(refs, packed, table, out, first, blocks_of_row, out_ok):
         group = (out[:, None] * blocks_of_row + block[None, :]) // NESTED_BLOCK
         factor = plgpu.load(refs["nested_absmax"].at[group], mask=mask, other=None if mask is None else 0) * _INVERSE
         code = plgpu.load(refs["nested_code"].at[scales.astype(jnp.int32)])
-        scales = code * factor + refs["nested_offset"][...] * _INVERSE
+        scales = code * factor + refs["nested_offset"][0] * _INVERSE
     else:
         scales = scales * _INVERSE
     scales = jnp.broadcast_to(scales[:, :, None], (rows, count, BLOCK // 2)).reshape(packed.shape)

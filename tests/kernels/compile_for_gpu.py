@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
 from lora_jax.kernels import dispatch
-from lora_jax.kernels.nf4.format import NF4Weight
+from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,13 @@ def grouped(capability: str) -> Iterator[Program]:
         weight = NF4Weight.abstract((e, n, k), double)
         adapter = (shape(7, r), shape(e, r, n)) if double else ()
         yield f"grouped few_rows double={double}", triton.few_rows, (shape(7, k), weight, sizes, *adapter)
+    index = shape(dtype=jnp.int32)
+    layer = NF4Layer(NF4Weight.abstract((3, e, n, k), True), index)  # pyright: ignore[reportArgumentType]
+    yield "grouped few_rows of a layer", triton.few_rows, (shape(7, k), layer, sizes)
+    yield "grouped dense of a layer", triton.dense, (layer,)
+    # More than 2^32 bytes in the stack: offsets of 64 bits.
+    layer = NF4Layer(NF4Weight.abstract((20, 8, 14336, 4096), True), index)  # pyright: ignore[reportArgumentType]
+    yield "grouped dense of a layer in a large stack", triton.dense, (layer,)
 
 
 def nf4_prologue(capability: str) -> Iterator[Program]:
@@ -142,11 +149,14 @@ def nf4_in_loop(capability: str) -> Iterator[Program]:
         if isinstance(config, triton_matmul.ManyRows):
             f = functools.partial(triton_matmul.many_rows_transposed, config=config)
             yield f"nf4 matmul transposed M={m} {config}", f, (shape(m, n), w, shape(k, r), shape(r, n))
-    if capability == "sm_90":  # lowered, but compiled only where there is a GPU
+    layer = NF4Layer(NF4Weight.abstract((3, n, k), True), shape(dtype=jnp.int32))  # pyright: ignore[reportArgumentType]
+    for m in (1, 16, 64):
+        yield f"nf4 matmul of a layer M={m}", triton_matmul.matmul, (shape(m, k), layer, shape(k, r), shape(r, n))
+    if capability == "sm_90":
         from lora_jax.kernels.nf4 import mosaic_few
 
-        for m in (1, 16, 17, 64):
-            yield f"nf4 few rows mosaic M={m}", mosaic_few.matmul, (shape(m, k), w, shape(k, r), shape(r, n))
+        for m, weight in ((1, w), (16, layer), (17, w), (64, layer)):
+            yield f"nf4 few rows mosaic M={m}", mosaic_few.matmul, (shape(m, k), weight, shape(k, r), shape(r, n))
 
 
 def loss(capability: str) -> Iterator[Program]:

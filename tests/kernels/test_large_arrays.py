@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from lora_jax.kernels.attention import flash_attention
+from lora_jax.kernels.dispatch import why_not_hopper
 from lora_jax.kernels.grouped import grouped_lora_matmul
 from lora_jax.kernels.loss import triton as loss
-from lora_jax.kernels.nf4 import NF4Weight, triton, triton_adapter, triton_mlp
+from lora_jax.kernels.nf4 import NF4Weight, triton, triton_adapter, triton_matmul, triton_mlp
+from lora_jax.kernels.nf4.format import NF4Layer
 from lora_jax.kernels.rms_norm import rms_norm
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +55,24 @@ def test_nf4_dequantize():
     w = nf4(ROWS, WIDTH)
     tail = NF4Weight(w.packed[-TAIL:], w.absmax[-TAIL:])
     equal(jax.jit(triton.dequantize)(w)[-TAIL:], jax.jit(triton.dequantize)(tail))
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_nf4_layers_of_a_stack(rows):
+    """The last layer of more than 2^32 bytes, read where it lies, and cut out."""
+    n, k, layers = 28672, 8192, 40
+    packed, absmax = jax.lax.map(
+        lambda key: (jax.random.bits(key, (n, k // 2), jnp.uint8), jax.random.uniform(key, (n, k // 64))),
+        jax.random.split(jax.random.key(0), layers),
+    )
+    layer, x = NF4Layer(NF4Weight(packed, absmax), jnp.int32(layers - 1)), normal(1, (rows, k))
+    kernels = [triton_matmul.matmul]
+    if why_not_hopper() is None:
+        from lora_jax.kernels.nf4 import mosaic_few
+
+        kernels.append(mosaic_few.matmul)
+    for kernel in kernels:
+        equal(jax.jit(kernel)(x, layer), jax.jit(kernel)(x, layer.cut()))
 
 
 def test_nf4_adapter():
@@ -120,3 +140,20 @@ def test_experts():
     run = jax.jit(functools.partial(grouped_lora_matmul, implementation="triton"))
     got = run(x, NF4Weight(packed, absmax), sizes)
     equal(got[-64:], run(x[-64:], NF4Weight(packed[-1:], absmax[-1:]), sizes[-1:]))
+
+
+@pytest.mark.parametrize(("layers", "rows"), [(20, 1000), (20, 5), (8, 1000)])
+def test_experts_of_a_stack(layers, rows):
+    """Those of the last layer, read where they lie, and cut out: of more than 2^32 bytes, and of 2^31 to 2^32."""
+    experts, n, k = 8, 14336, 4096
+    packed, absmax = jax.lax.map(
+        lambda key: (
+            jax.random.bits(key, (experts, n, k // 2), jnp.uint8),
+            jax.random.uniform(key, (experts, n, k // 64)),
+        ),
+        jax.random.split(jax.random.key(0), layers),
+    )
+    layer, x = NF4Layer(NF4Weight(packed, absmax), jnp.int32(layers - 1)), normal(1, (rows, k))
+    sizes = jnp.bincount(jax.random.randint(jax.random.key(2), (rows,), 0, experts), length=experts).astype(jnp.int32)
+    call = jax.jit(functools.partial(grouped_lora_matmul, group_sizes=sizes, implementation="triton"))
+    equal(call(x, layer), call(x, layer.cut()))

@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ from jaxlib.mlir.dialects import func
 from lora_jax.kernels.nf4 import dequantize, lora_matmul, quantize
 from lora_jax.kernels.nf4 import mosaic_few as mf
 from lora_jax.kernels.nf4 import mosaic_instructions as ptx
-from lora_jax.kernels.nf4.format import CODE, NF4Weight
+from lora_jax.kernels.nf4.format import CODE, NF4Layer, NF4Weight
 
 SCALE = 2.0
 
@@ -343,6 +344,34 @@ def test_instructions(m, n, k, rank, double_quantize, tiles, in_numpy):
     check(m, n, k, rank, double_quantize, tiles)
 
 
+def check_layers(m, n, k, rank, double_quantize, tiles):
+    """Every layer of a stack gives bitwise what the weight gives that is cut out, and other numbers than its likes."""
+    x, _, a, b = problem(m, n, k, rank, double_quantize)
+    rng = np.random.default_rng(0)
+    single = [
+        quantize(jnp.asarray(rng.normal(size=(n, k)) * s, jnp.float32), double_quantize) for s in (0.02, 0.03, 0.05)
+    ]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *single)
+    wanted = [float64(mf.matmul(x, w, a, b, SCALE, tiles=tiles)) for w in single]
+    assert np.abs(wanted[0] - wanted[1]).max() > 0.1
+    for i, want in enumerate(wanted):
+        layer = NF4Layer(stack, jnp.int32(i))
+        assert mf.why_not(x, layer, a) is None
+        np.testing.assert_array_equal(float64(mf.matmul(x, layer, a, b, SCALE, tiles=tiles)), want)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "rank", "double_quantize", "tiles"),
+    [
+        (3, 77, 192, 5, True, mf.Tiles(warps=4, splits=2)),
+        (9, 40, 256, 0, False, mf.Tiles(warps=4, splits=4, blocks=1)),
+    ],
+)
+def test_layers_of_a_stack(m, n, k, rank, double_quantize, tiles, in_numpy, monkeypatch):
+    monkeypatch.setattr(NF4Layer, "cut", lambda layer: pytest.fail("the layer was cut out"))
+    check_layers(m, n, k, rank, double_quantize, tiles)
+
+
 @pytest.mark.parametrize(
     ("m", "n", "k", "rank", "double_quantize", "tiles"),
     [
@@ -435,3 +464,9 @@ def test_why_not_names_what_it_cannot_do():
 def test_kernel_against_float64(m, n, k, rank, double_quantize, tiles):
     first, second = (check(m, n, k, rank, double_quantize, tiles) for _ in range(2))
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "rank"), [(1, 16), (16, 16), (40, 0)])
+def test_kernel_on_layers_of_a_stack(m, rank):
+    check_layers(m, 4100, 4096, rank, True, None)

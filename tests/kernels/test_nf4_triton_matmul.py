@@ -10,7 +10,7 @@ import pytest
 from lora_jax.kernels import dispatch
 from lora_jax.kernels.nf4 import dequantize, lora_matmul, matmul, quantize
 from lora_jax.kernels.nf4 import triton_matmul as tm
-from lora_jax.kernels.nf4.format import CODE
+from lora_jax.kernels.nf4.format import CODE, NF4Layer
 from lora_jax.kernels.nf4.triton_gemv import Gemv
 
 SCALE = 2.0
@@ -74,6 +74,30 @@ def test_gemv(m, n, k, rank, rows, blocks, double_quantize):
     check(lambda: tm.matmul(x, w, a, b, SCALE, config=config), forward64(x, w, a, b), standard, 1.0)
 
 
+@pytest.mark.parametrize("double_quantize", [True, False])
+@pytest.mark.parametrize(
+    ("m", "rank", "config"),
+    [
+        (1, 16, Gemv(rows=8, blocks=2)),
+        (3, 0, Gemv(rows=4, blocks=4)),
+        (5, 16, tm.FewRows(blocks=1, splits=3)),
+        (9, 5, tm.FewRows(blocks=1, splits=1, weight_left=True, together=False)),
+        (65, 5, tm.ManyRows(bm=32, bn=64, group=2)),
+    ],
+)
+def test_layers_of_a_stack(m, rank, config, double_quantize, monkeypatch):
+    """Bitwise what the weight gives that is cut out; for few rows nothing is cut."""
+    x, _, _, a, b = problem(m, 77, 192, rank, double_quantize)
+    single = [problem(1, 77, 192, 0, double_quantize, seed)[2] for seed in (3, 4, 5)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *single)
+    run = jax.jit(lambda w: tm.matmul(x, w, a, b, SCALE, config=config))
+    wanted = [float64(run(w)) for w in single]
+    if m <= tm.MAX_FEW:
+        monkeypatch.setattr(NF4Layer, "cut", lambda layer: pytest.fail("the layer was cut out"))
+    for i, want in enumerate(wanted):
+        np.testing.assert_array_equal(float64(run(NF4Layer(stack, jnp.int32(i)))), want)
+
+
 @pytest.mark.parametrize(("left", "double_quantize"), [(True, False), (False, True)])
 @pytest.mark.parametrize(("m", "n", "k", "rank", "bk"), [(77, 130, 128, 16, 64), (128, 64, 256, 0, 128)])
 def test_many_rows(m, n, k, rank, bk, left, double_quantize):
@@ -123,6 +147,24 @@ def test_as_an_implementation_of_lora_matmul(m, rank):
     for got, usual, want in zip(run("triton_in_loop"), run("xla"), wanted, strict=True):
         error, standard = (np.linalg.norm(float64(z) - want) for z in (got, usual))
         assert error <= 1.1 * standard, (error, standard, np.linalg.norm(want))
+
+
+@pytest.mark.parametrize(("m", "rank"), [(3, 5), (70, 0)])
+def test_a_layer_as_the_weight_of_lora_matmul(m, rank):
+    """Values and every gradient are bitwise those of the weight that is cut out."""
+    x, dy, w, a, b = problem(m, 77, 128, rank, True)
+    other = problem(m, 77, 128, 0, True, seed=1)[2]
+    args = (x,) if a is None else (x, a, b)
+
+    @jax.jit
+    def run(w, dy, args):
+        call = lambda x, *ab: lora_matmul(x, w, *(ab or (None, None)), SCALE, implementation="triton_in_loop")  # noqa: E731
+        y, pull = jax.vjp(call, *args)
+        return y, *pull(dy)
+
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), other, w)
+    for got, want in zip(run(NF4Layer(stack, jnp.int32(1)), dy, args), run(w, dy, args), strict=True):
+        np.testing.assert_array_equal(float64(got), float64(want))
 
 
 def test_the_tuning_table_chooses(monkeypatch):
