@@ -153,6 +153,7 @@ class BatchIterator:
       shuffle: False keeps the order of the examples in every epoch.
       seed: of the order.
       drop_last: leave out the examples that do not fill a micro-batch.
+      attention_mask: add "attention_mask", 1 for tokens and 0 for pads.
       pad_id: token id of pads; any id will do.
       step: the step to start at.
 
@@ -175,6 +176,7 @@ class BatchIterator:
         shuffle: bool = True,
         seed: int = 0,
         drop_last: bool = False,
+        attention_mask: bool = False,
         pad_id: int = 0,
         step: int = 0,
     ):
@@ -183,7 +185,7 @@ class BatchIterator:
         if batch_size < 1 or accumulation < 1:
             raise ValueError(f"batch_size is {batch_size} and accumulation is {accumulation}; both must be at least 1.")
         self._examples, self._pad_id, self._packing = examples, pad_id, packing
-        self._shuffle, self._seed = shuffle, seed
+        self._shuffle, self._seed, self._attention_mask = shuffle, seed, attention_mask
         self._shape = (accumulation, batch_size)
         max_length = max_length or max(len(e) for e in examples)
         self._groups = pack(examples, max_length) if packing else [[i] for i in range(len(examples))]
@@ -218,6 +220,9 @@ class BatchIterator:
             batch = pack_batch(self._examples, groups, length, self._pad_id)
         else:
             batch = pad_batch([self._examples[g[0]] if g else None for g in groups], length, self._pad_id)
+        if self._attention_mask:
+            tokens = np.pad(self._sizes[chosen], (0, rows - len(chosen)))
+            batch["attention_mask"] = (np.arange(length) < tokens[:, None]).astype(np.int32)
         return {name: array.reshape(*self._shape, length) for name, array in batch.items()}
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:

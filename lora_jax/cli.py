@@ -198,6 +198,9 @@ def train(
     ] = None,
     use_rslora: Annotated[bool | None, _lora("--use-rslora", "Scale by alpha / sqrt(r) instead.")] = None,
     load_in_4bit: _FourBit = None,
+    offload_embedding: Annotated[
+        bool | None, _run("--offload-embedding", "Keep the embedding table in the host's memory.", False)
+    ] = None,
     dtype: _Dtype = None,
 ) -> None:
     """Fine-tune an adapter on rows of data.
@@ -266,16 +269,17 @@ def _train(settings: dict[str, Any]) -> None:
     rows = load_rows(files_of(own["data"]))  # before the model, which takes longer
     eval_rows = load_rows(files_of(own["eval_data"])) if own["eval_data"] else None
     peft_config = lora_config(lora_settings)
-    four_bit = own["load_in_4bit"] is not False
+    base: Any = {"load_in_4bit": own["load_in_4bit"] is not False, "dtype": own["dtype"]}
+    base["offload_embedding"] = bool(own["offload_embedding"])
     name = _absolute(own["model"])
     if (config := resolve_folder(name, only_config=True) / "config.json").exists():  # not so for an adapter
-        refuse_what_cannot_fit(read_json(config), peft_config, args, load_in_4bit=four_bit, dtype=own["dtype"])
-    model, tokenizer = from_pretrained(name, load_in_4bit=four_bit, dtype=own["dtype"], max_seq_length=args.max_length)
+        refuse_what_cannot_fit(read_json(config), peft_config, args, **base)
+    model, tokenizer = from_pretrained(name, **base, max_seq_length=args.max_length)
     if model.lora_config is not None:
         if lora_settings:
             raise UsageError(f"{name} is an adapter already, so {', '.join(lora_settings)} cannot be set anew")
         peft_config = None
-    with_base = {"model": name, "load_in_4bit": four_bit, "dtype": model.module.dtype.name}
+    with_base = {"model": name, "load_in_4bit": base["load_in_4bit"], "dtype": model.module.dtype.name}
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -441,6 +445,9 @@ def plan(
     grad_accumulation: Annotated[int, typer.Option("--grad-accumulation", help="Batches of a step.", min=1)] = 1,
     optim: Annotated[str, typer.Option("--optim", help="As for train.")] = _DEFAULT.optim,
     load_in_4bit: Annotated[bool, typer.Option("--4bit/--16bit", help="Base in NF4 or in 16 bits.")] = True,
+    offload_embedding: Annotated[
+        bool, typer.Option("--offload-embedding", help="The embedding table is kept in the host's memory.")
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="bfloat16 or float32; the checkpoint's if left out.")
     ] = None,
@@ -471,6 +478,7 @@ def plan(
         load_in_4bit=load_in_4bit,
         dtype=dtype,
         optim=optim,
+        offload_embedding=offload_embedding,
     )
     what = f"{model} in {'NF4' if load_in_4bit else '16 bits'}, adapter of rank {rank}, {batch} x {seq} tokens"
     _print_plan(what, work, card_of(gpu), remat)
@@ -533,6 +541,7 @@ def _parts(need: "Memory") -> Any:
     from lora_jax.cards import GIB
 
     rows = {"weights": need.weights, "adapters": need.adapters, "optimizer's state": need.optimizer}
+    rows |= {"embeddings of the tokens": need.inputs} if need.inputs else {}
     rows |= {f"kept by the layers: {name}": size for name, size in need.kept.items()}
     which = "gradients, and work on one layer" if need.backward >= need.loss else "head and loss"
     rows |= {which: max(need.loss, need.backward), "peak": need.total}

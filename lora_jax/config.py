@@ -163,6 +163,8 @@ class SFTConfig:
     # the fastest plan that fits the device, or a plan: a list of groups of layers, see lora_jax.remat.
     gradient_checkpointing: bool | str | list[dict[str, Any]] = True
     memory_budget: str | int | None = None  # for "auto": bytes, or text such as "20GB"; None: what JAX may take
+    # For "auto": whether tensors may be kept for backward in 8 bits where that is faster; gradients are a little off.
+    quantized_activations: bool = False
     # True for a loop over layers in the compiled step, False to write them out: faster, but each shape of batch takes
     # longer to compile (25 s instead of 13 for 32 layers). None: written out on a GPU if packing makes all batches
     # alike.
@@ -179,6 +181,9 @@ class SFTConfig:
     dataset_text_field: str = "text"  # the column of plain-text rows
     completion_only_loss: bool | None = None  # None: loss on the completion alone if rows have prompt and completion
     assistant_only_loss: bool | None = None  # None: loss on the assistant's turns alone if rows have messages
+    # Mixtures of experts: coefficient of the loss that keeps experts evenly loaded, part of the training loss but not
+    # of eval_loss. None: without it, as transformers does unless output_router_logits is set.
+    router_aux_loss_coef: float | None = None
 
     # --- logging, evaluation, checkpoints. Steps below 1 are a share of all steps.
     logging_steps: float = 10  # how often log_history and on_log get an entry; metrics.jsonl has every step
@@ -297,6 +302,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_grad_norm": (lambda v: 0 <= v < math.inf, "0 (off) or above"),
     "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
     "data_seed": (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
+    "router_aux_loss_coef": (lambda v: 0 <= v < math.inf, "0 or above, or None to leave that loss out"),
     "max_length": (lambda v: v >= 2, "at least 2 tokens (one to read and one to predict)"),
     "logging_steps": (lambda v: 0 < v < 1 or v == int(v) >= 1, "a whole number, or a share of all steps below 1"),
     "eval_steps": (lambda v: 0 < v < 1 or v == int(v) >= 1, "a whole number, or a share of all steps below 1"),
@@ -352,6 +358,11 @@ def _check_choices(config: SFTConfig) -> None:
         raise ValueError(
             f"SFTConfig: memory_budget={config.memory_budget!r} does nothing with gradient_checkpointing="
             f'{config.gradient_checkpointing!r}. Set gradient_checkpointing="auto", or drop memory_budget.'
+        )
+    if config.quantized_activations and config.gradient_checkpointing != "auto":
+        raise ValueError(
+            "SFTConfig: quantized_activations=True does nothing with gradient_checkpointing="
+            f'{config.gradient_checkpointing!r}. Set gradient_checkpointing="auto", or give a plan with save_quantized.'
         )
     if config.assistant_only_loss and config.completion_only_loss:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.fp8 import ACTIVATION_SCALE, SCALE, block_size, decode_fp8, read_codes
 from lora_jax.fused_experts import BLOCKS, SCALES, Part, decode_mxfp4, parts_of, renamed
 
 __all__ = ["Checkpoint", "QuantState", "read_json", "resolve_folder"]
@@ -122,6 +123,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 class Checkpoint:
     """The tensors of a folder's safetensors, read one at a time, by the names that transformers' classes have for them.
 
+    Weights in FP8 or MXFP4 are decoded when they are read; their scales have no names of their own here.
+
     Raises:
       FileNotFoundError: no safetensors, or the index names files that are not there.
       ValueError: a file is truncated or corrupted.
@@ -145,9 +148,21 @@ class Checkpoint:
             raise FileNotFoundError(_no_safetensors(folder))
         self._stored = {_name_in_class(name): name for name in self._where}
         self._where = {_name_in_class(name): file for name, file in self._where.items()}
+        self._scales = self._take_scales_out()
         self._mxfp4: set[str] = set()
         self._parts: dict[str, Part] = {}
         self._parts = self._split_fused_experts()
+
+    def _take_scales_out(self) -> dict[str, tuple[str, str]]:
+        """Removes the scales of weights in FP8: name of each weight in the files -> its scale's file and name there."""
+        scales = {}
+        for name in [name for name in self._where if name.endswith(SCALE)]:
+            if (weight := name.removesuffix(SCALE)) in self._where:
+                scales[self._stored[weight]] = self._where.pop(name), self._stored.pop(name)
+                linear = weight.rpartition(".")[0] if weight.endswith(".weight") else weight
+                for other in (f"{linear}.{ACTIVATION_SCALE}", f"{linear}_{ACTIVATION_SCALE}"):
+                    self._where.pop(other, None)
+        return scales
 
     def _split_fused_experts(self) -> dict[str, Part]:
         """Puts the tensors of single experts in place of those that hold all of them."""
@@ -210,17 +225,48 @@ class Checkpoint:
         return tuple(file.get_slice(stored).get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, in the dtype it is stored in."""
-        file = self._open(self._where[name])
-        if name in self._parts:
-            return self._read_part(file, self._stored[name], self._parts[name])
-        return file.get_tensor(self._stored[name])
+        """The tensor, in the dtype it is stored in; float32 if that is FP8, bfloat16 if it is MXFP4.
 
-    def _read_part(self, file, stored: str, part: Part) -> np.ndarray:
-        if stored not in self._mxfp4:
-            return part.take(file.get_slice(stored)[part.expert])
-        blocks, scales = (file.get_slice(stored + ending)[part.expert][part.rows] for ending in (BLOCKS, SCALES))
-        return decode_mxfp4(blocks, scales)
+        Raises:
+          ValueError: it is in an eight-bit format that cannot be decoded.
+        """
+        file, stored, part = self._open(self._where[name]), self._stored[name], self._parts.get(name)
+        if part is not None and stored in self._mxfp4:
+            blocks, scales = (file.get_slice(stored + ending)[part.expert][part.rows] for ending in (BLOCKS, SCALES))
+            return decode_mxfp4(blocks, scales)
+        if file.get_slice(stored).get_dtype().startswith("F8"):
+            weight = self._read_fp8(name, None if part is None else part.expert)
+            return weight if part is None else part.take(weight)
+        return file.get_tensor(stored) if part is None else part.take(file.get_slice(stored)[part.expert])
+
+    def _read_fp8(self, name: str, expert: int | None) -> np.ndarray:
+        """A weight, or the expert's matrix of a weight of many, float32."""
+        file, stored = self._where[name], self._stored[name]
+        dtype = self._open(file).get_slice(stored).get_dtype()
+        if dtype != "F8_E4M3" or stored not in self._scales:
+            beside = "" if stored in self._scales else f" without a {stored.rpartition('.')[2]}{SCALE}"
+            raise ValueError(
+                f"{self.folder}: {name} is stored as {dtype}{beside}; only F8_E4M3 with scales can be decoded: use the "
+                "16-bit checkpoint"
+            )
+        scale_file, scale_name = self._scales[stored]
+        scales = self._open(scale_file).get_tensor(scale_name)
+        if scales.dtype.kind != "f" and scales.dtype.name != "bfloat16":
+            raise ValueError(f"{self.folder}: {scale_name} is stored as {scales.dtype}, wanted a 16- or 32-bit float")
+        codes = read_codes(self.folder / file, stored, expert)
+        try:
+            return decode_fp8(codes, scales if expert is None else scales[expert], self._fp8_block)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {name}: {error}") from None
+
+    @functools.cached_property
+    def _fp8_block(self) -> tuple[int, int] | None:
+        quantization = read_json(self.folder / "config.json").get("quantization_config") or {}
+        if quantization.get("quant_method") != "fp8":
+            raise ValueError(
+                f"{self.folder} holds weights in FP8, config.json has no quantization_config of quant_method 'fp8'"
+            )
+        return block_size(quantization)
 
     def quant_state(self, name: str) -> QuantState | None:
         """How the weight `name` is quantised, or None for a plain tensor.
@@ -248,13 +294,21 @@ class Checkpoint:
         """Name of the quantisation state by that of its weight."""
         return {name.partition(".quant_state.")[0]: name for name in self._where if ".quant_state." in name}
 
-    def check_names(self, wanted: dict[str, tuple[int, ...]], ignored: Iterable[str] = (), *, within: str = "") -> None:
+    def check_names(
+        self,
+        wanted: dict[str, tuple[int, ...]],
+        ignored: Iterable[str] = (),
+        *,
+        within: str = "",
+        beside: tuple[str, ...] = (),
+    ) -> None:
         """Checks that the checkpoint holds exactly the wanted tensors in the wanted shapes.
 
         Args:
           wanted: shape of each tensor by name.
           ignored: endings of names that may be there beside the wanted ones.
           within: beginning of the names that must be wanted; others may be there.
+          beside: beginnings of names that may be there all the same.
 
         Raises:
           ValueError: tensors are missing, unknown, or of another shape.
@@ -264,7 +318,7 @@ class Checkpoint:
         if missing := (set(wanted) | parts) - set(self._where):
             raise ValueError(f"{self.folder} lacks tensors that config.json implies: {_some(missing)}")
         known = set(wanted) | parts | set(self._states.values())
-        others = set(self._where) - known
+        others = {name for name in set(self._where) - known if not name.startswith(beside)}
         unknown = {name for name in others if name.startswith(within) and not name.endswith(tuple(ignored))}
         if unknown:
             raise ValueError(f"{self.folder} holds tensors that this architecture does not have: {_some(unknown)}")

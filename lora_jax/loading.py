@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from lora_jax.fp8 import block_size
 from lora_jax.guards import is_out_of_memory
 from lora_jax.hf_checkpoint import Checkpoint, QuantState, read_json, resolve_folder
 from lora_jax.kernels.nf4 import NF4Weight, dequantize, quantize
 from lora_jax.kernels.nf4.format import CODE
 from lora_jax.model import CausalLM
 from lora_jax.models.decoder import Decoder, full_names
+from lora_jax.models.hf_config import further_layers
 from lora_jax.models.linear import Linear, set_layer
 from lora_jax.models.moe import Router
 from lora_jax.models.registry import config_from_hf
@@ -33,6 +35,7 @@ def from_pretrained(
     double_quantize: bool = True,
     dtype: DTypeLike | None = None,
     max_seq_length: int | None = None,
+    offload_embedding: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     progress: bool = True,
@@ -42,11 +45,13 @@ def from_pretrained(
     Args:
       model_name: local folder, hub id, or a folder with a PEFT adapter (whose base model is loaded too).
       load_in_4bit: keep the linear layers of all blocks in NF4 (QLoRA); embeddings, norms and lm_head stay 16-bit. A
-        checkpoint that bitsandbytes has quantised to NF4 is taken as it is, or dequantised if this is False.
+        checkpoint that bitsandbytes has quantised to NF4 is taken as it is, or dequantised if this is False. Weights in
+        FP8 with scales, or experts in MXFP4, are decoded first.
       double_quantize: quantise the scales of NF4 too (0.5 bit a weight less).
       dtype: of activations and unquantised weights, "bfloat16" or "float32"; None for the checkpoint's own
         (float16 becomes bfloat16).
       max_seq_length: longest row that will be trained on; must not exceed what the model was made for.
+      offload_embedding: keep the table of token embeddings in the host's memory; see `CausalLM.offload_embedding`.
       revision: branch, tag or commit of a hub repository.
       token: hub token for gated repositories; None for the one logged in with.
       progress: show a progress bar.
@@ -65,6 +70,7 @@ def from_pretrained(
 
         base = base_of_adapter(folder)
         options = {"load_in_4bit": load_in_4bit, "double_quantize": double_quantize, "dtype": dtype, "token": token}
+        options["offload_embedding"] = offload_embedding
         model, tokenizer = from_pretrained(base, max_seq_length=max_seq_length, progress=progress, **options)
         return load_adapter(model, folder), tokenizer
     hf_config = read_json(folder / "config.json")
@@ -78,6 +84,10 @@ def from_pretrained(
             f"max_seq_length={max_seq_length} exceeds the {config.max_position} positions {folder} was made for; "
             "lower it, or extend the context by a 'rope_scaling' in config.json"
         )
+    if offload_embedding and config.tie_embeddings:
+        raise ValueError(
+            f"offload_embedding=True: the head of {folder} is its embedding table, which the loss needs on the device"
+        )
     tokenizer = load_tokenizer(folder)
     checkpoint = Checkpoint(folder)
     stored = hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16"
@@ -85,7 +95,8 @@ def from_pretrained(
     model_dtype = _resolve_dtype(stored if dtype is None else dtype)
     nf4 = load_in_4bit and ("nf4-double" if double_quantize else "nf4")
     try:
-        module = load_decoder(checkpoint, hf_config, nf4=nf4 or None, dtype=model_dtype, progress=progress)
+        options: Any = {"nf4": nf4 or None, "dtype": model_dtype, "progress": progress}
+        module = load_decoder(checkpoint, hf_config, offload_embedding=offload_embedding, **options)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -107,7 +118,13 @@ def load_tokenizer(folder: Path):
 
 
 def load_decoder(
-    checkpoint: Checkpoint, hf_config: dict[str, Any], *, nf4: str | None, dtype: DTypeLike, progress: bool = True
+    checkpoint: Checkpoint,
+    hf_config: dict[str, Any],
+    *,
+    nf4: str | None,
+    dtype: DTypeLike,
+    offload_embedding: bool = False,
+    progress: bool = True,
 ) -> Decoder:
     """Loads the weights. Peak host memory is one tensor; peak device memory is the result and one tensor.
 
@@ -116,6 +133,7 @@ def load_decoder(
       hf_config: config.json.
       nf4: None for weights in `dtype`, "nf4" for NF4 blocks, "nf4-double" for NF4 with quantised scales.
       dtype: of everything that is not quantised.
+      offload_embedding: keep the embedding table in the host's memory.
       progress: show a progress bar.
 
     Raises:
@@ -127,7 +145,8 @@ def load_decoder(
     shapes = {name: slot.shape for name, slot in plain.slots().items()}
     # A tied checkpoint may hold the head all the same; a quantised base may not hold it tied.
     ignored = (*_IGNORED, *(("lm_head.weight",) if config.tie_embeddings else ()))
-    checkpoint.check_names(shapes, ignored, within="" if config.hf_prefix == "model" else config.hf_prefix)
+    within = "" if config.hf_prefix == "model" else config.hf_prefix
+    checkpoint.check_names(shapes, ignored, within=within, beside=further_layers(hf_config))
     states = {name: checkpoint.quant_state(name) for name in shapes}
     storage = _choose_storage(plain, states, nf4)
     model = Decoder(config, dtype, _by_layer(plain, storage))
@@ -146,6 +165,8 @@ def load_decoder(
             if isinstance(jax.tree.leaves(like)[0], jax.ShapeDtypeStruct):
                 like = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
             slot.variable.set_value(set_layer(like, new, slot.index))
+        if offload_embedding and slot.owner is model.embed_tokens:
+            model.embed_tokens.offload()
         # JAX works ahead of the device: without waiting, many tensors would be in memory at once.
         jax.block_until_ready(slot.variable.get_value())
     return model
@@ -193,13 +214,16 @@ def _check_quantization(hf_config: dict[str, Any]) -> None:
     if quantization is None:
         return
     method = quantization.get("quant_method", "bitsandbytes")
-    if method == "mxfp4":  # of experts, which `Checkpoint` decodes
+    if method == "fp8":  # which `Checkpoint` decodes, like MXFP4, that of experts
+        block_size(quantization)
+        return
+    if method == "mxfp4":
         return
     if method != "bitsandbytes" or not quantization.get("load_in_4bit", quantization.get("_load_in_4bit")):
         raise ValueError(
             f"config.json: the checkpoint is quantised with {method!r}"
-            f"{' in 8 bits' if quantization.get('load_in_8bit') else ''}; 16-bit checkpoints and bitsandbytes' NF4 "
-            "(load_in_4bit) can be read: use the original model"
+            f"{' in 8 bits' if quantization.get('load_in_8bit') else ''}; 16-bit checkpoints, bitsandbytes' NF4 "
+            "(load_in_4bit), FP8 with scales ('fp8') and experts in MXFP4 ('mxfp4') can be read: use the original model"
         )
 
 
@@ -219,7 +243,7 @@ def _read(checkpoint: Checkpoint, name: str, state: QuantState | None, like) -> 
         weight = _read_nf4(checkpoint, name, state)
         return weight if isinstance(like, NF4Weight) else dequantize(weight, like.dtype)
     array = checkpoint.read(name)
-    if array.dtype.kind not in "fV" and array.dtype.name != "bfloat16":
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise ValueError(f"{checkpoint.folder}: {name} is stored as {array.dtype}, wanted a 16- or 32-bit float")
     if not isinstance(like, NF4Weight):
         return jnp.asarray(array, like.dtype)

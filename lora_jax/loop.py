@@ -194,7 +194,7 @@ class Run:
 
     def _dispatch(self, number: int) -> None:
         """Start a step on the device."""
-        batch: dict[str, Any] = dict(self.batches.batch(number - 1))
+        batch: dict[str, Any] = self._batch(number - 1)
         tokens = _count_tokens(batch["labels"])
         # A function of seed and step alone, so that a resumed run draws the same dropout masks.
         batch["seed"] = np.random.SeedSequence([self.args.seed, number]).generate_state(1)[0]
@@ -210,6 +210,9 @@ class Run:
                 raise self._out_of_memory(shape) from error
             raise
         self.pending.append(_Step(number, number / self.per_epoch, metrics, live, tokens))
+
+    def _batch(self, index: int) -> dict[str, Any]:
+        return self.trainer.model.with_embeddings(self.batches.batch(index))
 
     def _compile(self, batch: dict[str, Any]) -> None:
         """Compile for a new batch shape, so that its time is not counted as training; the call then finds it done."""
@@ -236,8 +239,9 @@ class Run:
         memory = device_memory()
 
         def needed(accumulation: int, rows: int) -> int | None:
-            sample = self.batches.batch(0)
-            small = {k: jax.ShapeDtypeStruct((accumulation, rows, shape[-1]), v.dtype) for k, v in sample.items()}
+            sample = self._batch(0)
+            lead = (accumulation, rows, shape[-1])
+            small = {k: jax.ShapeDtypeStruct((*lead, *v.shape[3:]), v.dtype) for k, v in sample.items()}
             try:
                 return bytes_held(self._compiled_step({**small, "seed": jax.ShapeDtypeStruct((), np.uint32)}))
             except Exception:  # the compiler may run out of memory, too, or give no numbers

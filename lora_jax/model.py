@@ -1,10 +1,11 @@
 """`CausalLM`: a loaded model, its adapter and where it came from; what the user holds in hand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from lora_jax.models.decoder import Decoder, DecoderConfig
@@ -52,6 +53,33 @@ class CausalLM:
         """Puts trained leaves, in the form that `split` gave them, back into the model."""
         nnx.update(self.module, lora)
 
+    def offload_embedding(self) -> None:
+        """Keeps the table of token embeddings in the host's memory: 1 GiB of the device for an 8B Llama 3.
+
+        Training steps then want batches that `with_embeddings` has completed; `SFTTrainer` does that. Generation and
+        `logits` copy the table to the device when they are called.
+
+        Raises:
+          ValueError: the model's head is the same table, which the loss needs on the device.
+        """
+        if self.config.tie_embeddings:
+            raise ValueError(
+                f"offload_embedding: the head of {self.name_or_path} is its embedding table, which the loss needs on the"
+                " device; leave it there"
+            )
+        self.module.embed_tokens.offload()
+
+    def with_embeddings(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with "inputs_embeds" [..., D] for its "input_ids" [...], if the embedding table is offloaded.
+
+        The rows are copied on the host, while the device is busy with steps that were sent to it before: pass
+        "input_ids" as a numpy array, since one on the device would have to be waited for.
+        """
+        embedding = self.module.embed_tokens
+        if not embedding.offloaded or embedding.trained is not None:
+            return dict(batch)
+        return {**batch, "inputs_embeds": embedding.rows(np.asarray(batch["input_ids"]))}
+
     def logits(self, input_ids, attention_mask=None) -> jax.Array:
         """Logits [B, T, V] in float32 for token ids [B, T].
 
@@ -70,11 +98,11 @@ class CausalLM:
 
         return generate(self, input_ids, **options)
 
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+    def save_pretrained(self, folder: str | Path, **options) -> Path:
         """Writes the adapter as a PEFT folder; see `lora_jax.export.peft.save_adapter`."""
         from lora_jax.export.peft import save_adapter
 
-        return save_adapter(self, Path(folder), overwrite=overwrite)
+        return save_adapter(self, Path(folder), **options)
 
     def save_pretrained_merged(self, folder: str | Path, tokenizer: Any = None, **options) -> Path:
         """Writes base and adapter as one Hugging Face folder; see `lora_jax.export.hf.save_merged`."""

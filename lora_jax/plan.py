@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_jax.cards import GIB, Card, parse_bytes, this_card
-from lora_jax.remat import ALL, NAMES, PRESETS, RematPlan
+from lora_jax.kernels.kept import quantized_bytes
+from lora_jax.remat import ALL, NAMES, PRESETS, QUANTIZABLE, RematPlan
 
 if TYPE_CHECKING:
     from lora_jax.config import SFTConfig
@@ -34,6 +35,7 @@ MOST_WRITTEN_OUT = 48  # layers that a step writes out instead of looping over t
 # Shares of the stated rates that whole steps reached (H100, Llama-3.1-8B's shape, 2 x 2048 tokens, rank 16).
 _MATMUL, _ATTENTION, _ELEMENTWISE, _COPY, _DECODE = 0.745, 0.45, 0.68, 0.88, 0.68
 _LONG_ATTENTION = 0.62  # with many keys
+_ROUNDING_PASSES = 4.0  # over a tensor kept in 8 bits: its largest values, its codes (half a pass more), decoding it
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------
@@ -53,6 +55,7 @@ class Workload:
     accumulation: int = 1  # micro-batches of a step
     itemsize: int = 2  # bytes of an activation
     nf4: bool = True  # weights are decoded for every use
+    offload_embedding: bool = False  # the embedding table is not on the device, but its rows for the tokens are
     scan_layers: bool = False  # layers are a loop also where a plan would let them be written out
 
     @property
@@ -72,6 +75,20 @@ class Workload:
         sizes["attention_lse"] = 4 * self.tokens * self.config.num_heads
         return {name: sizes[name] for name in NAMES}
 
+    def kept_bytes(self, layer: int, actions: dict[str, str]) -> dict[str, int]:
+        """Bytes of each named tensor of a layer as a plan keeps it, on the device or the host; 0 where it does not."""
+        w, sizes = layer_widths(self.config, layer), self.named_bytes(layer)
+        last = {"input": w.hidden, "residual": w.hidden, "gate": w.expert, "up": w.expert}
+        last |= dict.fromkeys(("q", "k"), w.q // self.config.num_heads)
+        last |= dict.fromkeys(("v", "attention"), w.attention // self.config.num_heads)
+        kept = {}
+        for name, size in sizes.items():
+            action = "save" if ALL in actions else actions.get(name, "recompute")
+            if action == "save_quantized":
+                size = quantized_bytes(size // self.itemsize, last[name])
+            kept[name] = 0 if action == "recompute" else size
+        return kept
+
 
 class Widths(NamedTuple):
     """Features that a token has in a layer, and weights of the layer."""
@@ -82,6 +99,7 @@ class Widths(NamedTuple):
     v: int
     attention: int
     mlp: int  # gate's; all of a token's experts together
+    expert: int  # gate's of one expert
     qkv: int  # weights that make queries, keys and values
     experts: int  # how many times the weights of gate, up and down are stored that a token uses
 
@@ -97,10 +115,11 @@ def layer_widths(c: "DecoderConfig", layer: int) -> Widths:
         qkv = d * q if latent.query_rank is None else latent.query_rank * (d + q)
         qkv += d * (latent.key_value_rank + latent.rotated_dim)
         qkv += latent.key_value_rank * c.num_heads * (latent.plain_dim + latent.value_dim)
-    mlp, experts = c.intermediate_size, 1
+    mlp, expert, experts = c.intermediate_size, c.intermediate_size, 1
     if (moe := c.moe) is not None and layer in moe.layers:
-        mlp, experts = moe.top_k * moe.intermediate_size + (moe.shared_size or 0), moe.num_experts // moe.top_k
-    return Widths(d, q, k, v, attention, mlp, qkv, experts)
+        expert, experts = moe.intermediate_size, moe.num_experts // moe.top_k
+        mlp = moe.top_k * expert + (moe.shared_size or 0)
+    return Widths(d, q, k, v, attention, mlp, expert, qkv, experts)
 
 
 def _power_of_two(n: int) -> int:
@@ -131,6 +150,7 @@ def of_step(model: "CausalLM", lora: Any, opt_state: Any, frozen: Any, batch: di
         accumulation=accumulation,
         itemsize=model.module.dtype.itemsize,
         nf4=any(isinstance(leaf, NF4Weight) for leaf in weights),
+        offload_embedding="inputs_embeds" in batch,
     )
 
 
@@ -144,6 +164,7 @@ def of_config(
     load_in_4bit: bool = True,
     dtype: str | None = None,
     optim: str = "adamw_torch",
+    offload_embedding: bool = False,
 ) -> Workload:
     """The step of a model of which only config.json is known; arguments as those of `from_pretrained` and `SFTConfig`.
 
@@ -156,7 +177,7 @@ def of_config(
 
     from lora_jax.config import SFTConfig
     from lora_jax.kernels.nf4 import NF4Weight
-    from lora_jax.lora import adapter_shapes
+    from lora_jax.lora import adapter_shapes, for_decoder
     from lora_jax.model import CausalLM
     from lora_jax.models.decoder import Decoder
     from lora_jax.models.linear import Linear
@@ -172,15 +193,18 @@ def of_config(
         if load_in_4bit and stack is not None and isinstance(part, Linear) and not isinstance(part, Router):
             part.weight.set_value(NF4Weight.abstract(part.weight.get_value().shape, True))
     model = CausalLM(module, hf_config=hf_config, source=Path())
+    lora_config = for_decoder(module, lora_config)
     shapes = [(k, lora_config.r, n) for k, n in adapter_shapes(model, lora_config).values()]
     trained = [(k, r) for k, r, _ in shapes] + [(r, n) for _, r, n in shapes]
     vocabulary = (config.vocab_size, config.hidden_size)
     trained += [vocabulary for name in lora_config.modules_to_save if name in ("embed_tokens", "lm_head")]
     lora = [jax.ShapeDtypeStruct(shape, np.float32) for shape in trained]
     state = jax.eval_shape(make_optimizer(args, 1)[0].init, lora)
+    offload_embedding = offload_embedding and not config.tie_embeddings
+    table = math.prod(vocabulary) * module.dtype.itemsize
     return Workload(
         config=config,
-        weights=_bytes(model.split()[2]),
+        weights=_bytes(model.split()[2]) - offload_embedding * table,
         adapters=_bytes(lora),
         optimizer=0 if args.optim_is_paged else _bytes(state),
         rank=lora_config.r,
@@ -189,6 +213,7 @@ def of_config(
         accumulation=accumulation,
         itemsize=module.dtype.itemsize,
         nf4=load_in_4bit,
+        offload_embedding=offload_embedding,
     )
 
 
@@ -196,12 +221,16 @@ def _bytes(tree: Any) -> int:
     """Bytes of arrays on one device."""
     import jax
 
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if _memory_kind(leaf) != "pinned_host"]
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if _on_device(leaf)]
     return sum(math.prod(_local_shape(leaf)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _memory_kind(leaf: Any) -> str | None:
-    return getattr(getattr(leaf, "sharding", None), "memory_kind", None)
+def _on_device(leaf: Any) -> bool:
+    import numpy as np
+
+    if isinstance(leaf, np.ndarray):
+        return False
+    return getattr(getattr(leaf, "sharding", None), "memory_kind", None) != "pinned_host"
 
 
 def _local_shape(leaf: Any) -> tuple[int, ...]:
@@ -227,6 +256,7 @@ class Memory:
     weights: int
     adapters: int
     optimizer: int
+    inputs: int  # rows of an embedding table that is not on the device
     kept: dict[str, int]  # by name, what the layers keep on the device for backward
     loss: int  # working set of lm_head and loss
     backward: int  # gradients, and the working set of one layer
@@ -235,7 +265,8 @@ class Memory:
     @property
     def total(self) -> int:
         """Peak on the device."""
-        return self.weights + self.adapters + self.optimizer + sum(self.kept.values()) + max(self.loss, self.backward)
+        held = self.weights + self.adapters + self.optimizer + self.inputs + sum(self.kept.values())
+        return held + max(self.loss, self.backward)
 
 
 def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
@@ -250,14 +281,15 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
     host, unnamed, workspace = 0, 0, 0.0
     for layer, actions in _by_layer(groups):
         w = layer_widths(work.config, layer)
-        for name, size in work.named_bytes(layer).items():
-            action = "save" if ALL in actions else actions.get(name)
-            kept[name] += size if action == "save" else 0
-            host += size if action == "offload" else 0
+        for name, size in work.kept_bytes(layer, actions).items():
+            offloaded = actions.get(name) == "offload"
+            kept[name] += 0 if offloaded else size
+            host += size if offloaded else 0
         if ALL in actions:  # the norms' results and the like
             unnamed += (3 if looped else 1) * rows * w.hidden * a
             unnamed += 0 if looped or not work.nf4 else a * _kept_weights(w)
-        arrays = _MLP_ARRAYS - _SAVED_MLP * _keeps_mlp(actions)
+        exact = ALL in actions or actions.get("gate") == actions.get("up") == "save"
+        arrays = _MLP_ARRAYS - _SAVED_MLP * exact
         here = arrays * _rows_at_once(work, plan, actions) * w.mlp + _HIDDEN_ARRAYS[looped] * rows * w.hidden
         decoded = _DECODED_EXPERTS if w.experts > 1 else _DECODED[looped]
         workspace = max(workspace, a * (here + decoded * w.experts * w.hidden * w.mlp))
@@ -268,6 +300,7 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         weights=work.weights,
         adapters=work.adapters,
         optimizer=work.optimizer,
+        inputs=work.offload_embedding * work.accumulation * rows * work.config.hidden_size * a,
         kept={name: size for name, size in {**kept, "unnamed": unnamed}.items() if size},
         loss=int(loss),
         backward=int(gradients * work.adapters + workspace),
@@ -351,7 +384,7 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
     forward = backward = again = copies = 0.0
     looped = _looped(work, plan)
     for layer, actions in _by_layer(plan.resolve(work.config.num_layers)):
-        w, sizes = layer_widths(work.config, layer), work.named_bytes(layer)
+        w, sizes = layer_widths(work.config, layer), work.kept_bytes(layer, actions)
         cost = _layer_seconds(work, card, layer)
         # Bytes of norms, rotations, activation, residual additions and adapters, read and written, forward.
         light = m * a * (11 * w.hidden + 2 * w.q + 2 * w.attention + w.k + w.v + 3 * w.mlp) / slow
@@ -369,8 +402,10 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
         again += work.nf4 * (parts - 1) * _decode_seconds(card, 8 * w.experts * w.hidden * w.mlp)
         missing = [op for names, op in _BUNDLES.items() if not all(name in actions for name in names)]
         again += sum(cost[op] for op in missing) + light * (0.3 + 0.1 * len(missing))
+        rounded = [size for name, size in work.named_bytes(layer).items() if actions.get(name) == "save_quantized"]
+        again += _ROUNDING_PASSES * sum(rounded) / slow
         for name, action in actions.items():
-            rate = _COPY * card.bandwidth if action == "save" else card.host_bandwidth
+            rate = card.host_bandwidth if action == "offload" else _COPY * card.bandwidth
             copies += (looped or action == "offload") * 2 * sizes[name] / (rate * 1e9)
     head = 4 * m * work.config.vocab_size * work.config.hidden_size / (_MATMUL * card.tflops * 1e12)
     micro = {"forward": forward, "backward": backward, "recomputation": again, "copies": copies, "head": head}
@@ -448,13 +483,16 @@ def fits(need: Memory, budget: int) -> bool:
     return need.total <= budget and need.host <= HOST_MEMORY
 
 
-def choose(work: Workload, card: Card, budget: int) -> RematPlan:
+def choose(work: Workload, card: Card, budget: int, *, quantized_activations: bool = False) -> RematPlan:
     """The fastest plan that needs at most `budget` bytes.
+
+    With `quantized_activations` it may keep tensors in 8 bits, which changes gradients a little.
 
     Raises:
       MemoryError: no plan fits; the message names a batch and a length that do.
     """
-    plans = [plan for rows in _mlp_rows(work) if (plan := _choose(work, card, budget, rows))]
+    forms = ("save", "save_quantized") if quantized_activations else ("save",)
+    plans = [plan for form in forms for rows in _mlp_rows(work) if (plan := _choose(work, card, budget, rows, form))]
     if not plans:
         raise MemoryError(explain(work, card, budget))
     return min(plans, key=lambda plan: sum(seconds(work, plan, card).values()))
@@ -465,11 +503,12 @@ def _mlp_rows(work: Workload) -> list[int | None]:
     return [None, *(rows for rows in (8192, 4096) if work.tokens > rows)]
 
 
-def _choose(work: Workload, card: Card, budget: int, mlp_rows: int | None) -> RematPlan | None:
+def _choose(work: Workload, card: Card, budget: int, mlp_rows: int | None, form: str) -> RematPlan | None:
     """The fastest plan with these rows of the feed-forward layers, or None if none fits.
 
     Greedy: from recomputing everything, what saves most seconds for its bytes is kept for as many layers as fit, then
-    the next. If recomputing everything does not fit, the inputs of as few layers as possible go to the host.
+    the next. If recomputing everything does not fit, the inputs of as few layers as possible go to the host; or are
+    kept in 8 bits, if that is enough and `form`, in which tensors are kept, is "save_quantized".
     """
     layers = work.config.num_layers
     split = functools.partial(_split, layers=layers, mlp_rows=mlp_rows)
@@ -479,11 +518,14 @@ def _choose(work: Workload, card: Card, budget: int, mlp_rows: int | None) -> Re
 
     kept: dict[str, str] = {"thin": "save"}
     if not ok(split(layers, kept, kept)):
-        offload = {**kept, "input": "offload"}
-        offloaded = _first(range(1, layers + 1), lambda n: ok(split(n, offload, kept)))
-        return None if offloaded is None else split(offloaded, offload, kept)
+        for action in ("offload",) if form == "save" else (form, "offload"):
+            less = {**kept, "input": action}
+            count = _first(range(1, layers + 1), lambda n, less=less: ok(split(n, less, kept)))
+            if count is not None:
+                return split(count, less, kept)
+        return None
     for names in sorted(_BUNDLES, key=lambda names: -_worth(work, card, names)):
-        more = {**kept, **dict.fromkeys(names, "save")}
+        more = {**kept, **{name: form if name in QUANTIZABLE else "save" for name in names}}
         if _worth(work, card, names) <= 0:
             break
         count = _first(range(layers, 0, -1), lambda n, more=more, kept=kept: ok(split(n, more, kept)))
@@ -573,7 +615,13 @@ def explain(work: Workload, card: Card, budget: int, plan: RematPlan | None = No
 
 
 def refuse_what_cannot_fit(
-    hf_config: dict[str, Any], lora_config: "LoraConfig", args: "SFTConfig", *, load_in_4bit: bool, dtype: str | None
+    hf_config: dict[str, Any],
+    lora_config: "LoraConfig",
+    args: "SFTConfig",
+    *,
+    load_in_4bit: bool,
+    dtype: str | None,
+    offload_embedding: bool = False,
 ) -> None:
     """Raises MemoryError if a run cannot fit this device, before its weights are loaded.
 
@@ -599,6 +647,7 @@ def refuse_what_cannot_fit(
         load_in_4bit=load_in_4bit,
         dtype=dtype,
         optim=args.optim,
+        offload_embedding=offload_embedding,
     )
     plan, card = None if args.remat == "auto" else RematPlan.of(args.remat), this_card()
     if not _fits(work, card, int(1.1 * budget), plan):

@@ -27,7 +27,7 @@ _SHORT = {
     "dropout": "lora_dropout",
 }
 # Settings that are neither SFTConfig's nor LoraConfig's, and LoraConfig's.
-OWN = ("model", "data", "eval_data", "load_in_4bit", "dtype", "resume")
+OWN = ("model", "data", "eval_data", "load_in_4bit", "offload_embedding", "dtype", "resume")
 LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 LORA += ("layers_to_transform", "modules_to_save", "random_state")
 _FIELDS = tuple(field.name for field in dataclasses.fields(SFTConfig))

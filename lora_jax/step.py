@@ -34,26 +34,53 @@ def sum_of_losses(
     remat: str | RematPlan = "none",
     scan_layers: bool = True,
     dropout_key: jax.Array | None = None,
+    router_aux_loss_coef: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the cross-entropies of a batch, in nats, and the number of its label tokens.
+
+    With `router_aux_loss_coef` every label token's loss is its cross-entropy plus coefficient times `balancing_loss` of
+    the batch, whose means are over the tokens that "attention_mask" counts (prompts too, pads not), of all rows and
+    layers: packed or not, that is the same. So the mean over the label tokens of one batch is what transformers
+    computes with `output_router_logits`; over several micro-batches each has its own `balancing_loss`, and the step
+    takes the mean of these, weighted by their label tokens.
 
     Args:
       graph, lora, frozen: from `CausalLM.split`.
       batch: int32 [B, T] each: "input_ids"; "labels" (the token itself, or -100 for no loss; shifted in here);
-        optional "positions" and "segment_start" for packed rows, see lora_jax.data.
+        optional "positions" and "segment_start" for packed rows, see lora_jax.data; "inputs_embeds" [B, T, D] where
+        the embedding table is offloaded, see `CausalLM.with_embeddings`; "attention_mask" (1, or 0 for pads), which is
+        for `router_aux_loss_coef` alone: without it every token counts.
       remat: what backward recomputes: a preset or a plan, see `lora_jax.remat`.
       scan_layers: False to write all layers out: faster, and longer to compile.
       dropout_key: None for no dropout.
+      router_aux_loss_coef: coefficient of the loss that keeps experts evenly loaded; None to leave it out.
+
+    Raises:
+      ValueError: the embedding table is offloaded and the batch has no "inputs_embeds", or `router_aux_loss_coef` is
+        given for a model without experts.
+      NotImplementedError: `router_aux_loss_coef` is given for experts that are chosen by sigmoids (DeepSeek V3).
     """
     model = nnx.merge(graph, lora, frozen)
-    ids, labels = batch["input_ids"], batch["labels"]
+    ids, labels, embeds = batch["input_ids"], batch["labels"], batch.get("inputs_embeds")
+    embedding = model.embed_tokens
+    if embedding.offloaded and embedding.trained is None and embeds is None:
+        raise ValueError(
+            "the embedding table is in the host's memory, and the batch has no inputs_embeds: pass "
+            "model.with_embeddings(batch) to the step"
+        )
     plan = RematPlan.of(remat)
     groups = plan.wrappers(model.config.num_layers, scan_layers)
     how: Any = dict(checkpoint=groups, scan=scan_layers, mlp_rows=plan.mlp_rows, dropout_key=dropout_key)
-    x, _ = model(ids, batch.get("positions"), batch.get("segment_start"), **how)
+    how["inputs_embeds"] = embeds
+    if router_aux_loss_coef is not None:
+        how["counted"] = batch.get("attention_mask", jnp.ones_like(ids))
+    x, load = model(ids, batch.get("positions"), batch.get("segment_start"), **how)
     # The state at t predicts the token at t + 1; the first token of a packed document carries no label.
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
-    return linear_cross_entropy(x.reshape(-1, x.shape[-1]), model.head(), targets.reshape(-1))
+    loss, count = linear_cross_entropy(x.reshape(-1, x.shape[-1]), model.head(), targets.reshape(-1))
+    if router_aux_loss_coef is not None:
+        loss += router_aux_loss_coef * load.balancing_loss() * count
+    return loss, count
 
 
 def train_step(
@@ -67,6 +94,7 @@ def train_step(
     remat: str | RematPlan = "none",
     scan_layers: bool = True,
     dropout: bool = False,
+    router_aux_loss_coef: float | None = None,
 ) -> tuple[nnx.State, optax.OptState, dict[str, Any]]:
     """One optimizer step over A micro-batches; pure, so it can be jitted, differentiated or sharded.
 
@@ -82,6 +110,7 @@ def train_step(
       remat: what backward recomputes: a preset or a plan, see `lora_jax.remat`.
       scan_layers: False to write all layers out: faster, and longer to compile.
       dropout: whether the adapters' dropout is on.
+      router_aux_loss_coef: see `sum_of_losses`; None to leave that loss out.
 
     Returns:
       (lora, opt_state, metrics) with metrics "loss" (mean, nats), "grad_norm" (global, before any clipping),
@@ -96,7 +125,7 @@ def train_step(
 
         def loss_of(lora):
             how: Any = dict(remat=remat, scan_layers=scan_layers, dropout_key=micro_key)
-            return sum_of_losses(graph, lora, frozen, micro, **how)
+            return sum_of_losses(graph, lora, frozen, micro, router_aux_loss_coef=router_aux_loss_coef, **how)
 
         (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(lora)
         return jax.tree.map(jnp.add, carry, (loss, count, grads)), None
@@ -126,7 +155,9 @@ def make_train_step(
     *,
     remat: str | RematPlan | Sequence[Mapping[str, Any]] = "full",
     memory_budget: str | int | None = None,
+    quantized_activations: bool = False,
     scan_layers: bool | None = None,
+    router_aux_loss_coef: float | None = None,
 ) -> Callable:
     """`train_step` jitted for one model: step(lora, opt_state, frozen, batch) -> (lora, opt_state, metrics).
 
@@ -139,32 +170,43 @@ def make_train_step(
         fits, for each shape of batch (see `PlannedStep`).
       memory_budget: for "auto", what the step may take of the device: bytes, or text such as "20GB"; None for all that
         JAX may take.
+      quantized_activations: for "auto", whether tensors may be kept for backward in 8 bits where that makes the step
+        faster. The loss stays as it is, gradients are a little off.
       scan_layers: True for a loop over the layers in the compiled program, False to write them all out, which spares
         the copies into and out of the loop's arrays (5 to 7 % of an 8B step on an H100) and takes twice as long to
         compile; None to write them out on a GPU unless there are many layers or tensors are offloaded.
+      router_aux_loss_coef: coefficient of the loss that keeps experts evenly loaded, see `sum_of_losses`; None to leave
+        it out.
 
     Raises:
       ValueError: no such preset, a plan for another number of layers, or "auto" on a device that does not say how much
         memory it has, without a budget.
     """
     if remat == "auto":
-        return PlannedStep(model, optimizer, budget_of(memory_budget), scan_layers)
+        how = scan_layers, quantized_activations, router_aux_loss_coef
+        return PlannedStep(model, optimizer, budget_of(memory_budget), *how)
     if memory_budget is not None:
         raise ValueError(f'memory_budget={memory_budget!r} is for remat="auto", got remat={remat!r}')
+    if quantized_activations:
+        raise ValueError(f'quantized_activations is for remat="auto"; got remat={remat!r}, which says what to quantise')
     plan = RematPlan.of(remat)
     plan.resolve(model.config.num_layers)
-    return _jitted(model, optimizer, plan, scan_layers)
+    return _jitted(model, optimizer, plan, scan_layers, router_aux_loss_coef)
 
 
 def _jitted(
-    model: "CausalLM", optimizer: optax.GradientTransformation, plan: RematPlan, scan_layers: bool | None
+    model: "CausalLM",
+    optimizer: optax.GradientTransformation,
+    plan: RematPlan,
+    scan_layers: bool | None,
+    router_aux_loss_coef: float | None,
 ) -> Any:
     graph, _, _ = model.split()
     dropout = model.lora_config is not None and model.lora_config.lora_dropout > 0
     scans = scans_layers(plan, model.config.num_layers) if scan_layers is None else scan_layers
 
     def step(lora, opt_state, frozen, batch):
-        how: Any = dict(remat=plan, scan_layers=scans, dropout=dropout)
+        how: Any = dict(remat=plan, scan_layers=scans, dropout=dropout, router_aux_loss_coef=router_aux_loss_coef)
         return train_step(lora, opt_state, frozen, batch, graph=graph, optimizer=optimizer, **how)
 
     return jax.jit(step, donate_argnums=(0, 1))
@@ -181,10 +223,17 @@ class PlannedStep:
     """
 
     def __init__(
-        self, model: "CausalLM", optimizer: optax.GradientTransformation, budget: int, scan_layers: bool | None = None
+        self,
+        model: "CausalLM",
+        optimizer: optax.GradientTransformation,
+        budget: int,
+        scan_layers: bool | None = None,
+        quantized_activations: bool = False,
+        router_aux_loss_coef: float | None = None,
     ):
         self.plans: dict[tuple[int, ...], RematPlan] = {}
-        self._scan_layers = scan_layers
+        self._router_aux_loss_coef = router_aux_loss_coef
+        self._scan_layers, self._quantized_activations = scan_layers, quantized_activations
         self._model, self._optimizer, self._budget, self._compiled = model, optimizer, budget, {}
 
     def __call__(self, lora, opt_state, frozen, batch):
@@ -209,10 +258,11 @@ class PlannedStep:
         card, target, more = this_card(), self._budget, ""
         while True:
             try:
-                plan = choose(work, card, target)
+                plan = choose(work, card, target, quantized_activations=self._quantized_activations)
             except MemoryError as error:
                 raise MemoryError(f"{error}{more}") from None
-            compiled = _jitted(self._model, self._optimizer, plan, self._scan_layers).lower(*arguments).compile()
+            step = _jitted(self._model, self._optimizer, plan, self._scan_layers, self._router_aux_loss_coef)
+            compiled = step.lower(*arguments).compile()
             if (used := bytes_held(compiled)) <= self._budget:
                 return plan, compiled
             target = memory(work, plan, card).total - (used - self._budget)  # below it, so the next plan is another

@@ -139,7 +139,7 @@ class SFTTrainer:
         if self._eval_step is None:
             self._eval_step = self._make_eval_step()
         sums = [
-            self._eval_step(lora, frozen, batch)
+            self._eval_step(lora, frozen, self.model.with_embeddings(batch))
             for batch in eval_batches(examples, self.args.per_device_eval_batch_size, max_length=self.max_length)
         ]
         sums = jax.device_get(sums)
@@ -245,6 +245,7 @@ class SFTTrainer:
             accumulation=self.args.gradient_accumulation_steps,
             max_length=self.max_length,
             packing=self.args.packing,
+            attention_mask=self.args.router_aux_loss_coef is not None,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
 
@@ -257,7 +258,13 @@ class SFTTrainer:
         args = self.args
         scan = True if args.scan_layers is None and not args.packing else args.scan_layers
         return make_train_step(
-            self.model, optimizer, remat=args.remat, memory_budget=args.memory_budget, scan_layers=scan
+            self.model,
+            optimizer,
+            remat=args.remat,
+            memory_budget=args.memory_budget,
+            quantized_activations=args.quantized_activations,
+            scan_layers=scan,
+            router_aux_loss_coef=args.router_aux_loss_coef,
         )
 
     def _make_eval_step(self) -> Callable[..., Any]:

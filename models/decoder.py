@@ -8,15 +8,16 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from lora_jax.kernels.attention import flash_attention
+from lora_jax.kernels.kept import named
 from lora_jax.kernels.loss import Head
 from lora_jax.kernels.nf4.format import BLOCK, NF4Layer, NF4Weight
 from lora_jax.kernels.nf4.mlp import ACTIVATIONS, lora_mlp
@@ -24,7 +25,7 @@ from lora_jax.kernels.nf4.shared_input import lora_matmuls
 from lora_jax.kernels.rope import RopeConfig, apply_rope, rope_tables
 from lora_jax.models.linear import Embedding, Linear, RMSNorm, value
 from lora_jax.models.mla import LatentAttention, LatentConfig
-from lora_jax.models.moe import ExpertLinear, MoE, MoEConfig
+from lora_jax.models.moe import ExpertLinear, MoE, MoEConfig, RouterLoad
 
 __all__ = ["Block", "Cache", "Decoder", "DecoderConfig", "Slot", "full_names"]
 
@@ -105,6 +106,7 @@ class Context:
     dropout_key: jax.Array | None
     kinds: np.ndarray | None = None  # number of each layer's kind; None if all layers are of one
     mlp_rows: int | None = None  # rows of the feed-forward layer that are computed at a time; None for all
+    counted: jax.Array | None = None  # [B, T]: 1 or True for tokens whose way through the experts is summed up
 
     def of_layer(self, layer: jax.Array) -> "Context":
         """The context of one layer."""
@@ -171,9 +173,9 @@ class Attention(nnx.Module):
         q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        v = checkpoint_name(v, "v")
-        q = checkpoint_name(apply_rope(q, context.cos, context.sin), "q")
-        k = checkpoint_name(apply_rope(k, context.cos, context.sin), "k")
+        v = named(v, "v")
+        q = named(apply_rope(q, context.cos, context.sin), "q")
+        k = named(apply_rope(k, context.cos, context.sin), "k")
         k, v, cache = update_cache(k, v)
         out = flash_attention(
             q,
@@ -226,7 +228,7 @@ class MLP(nnx.Module):
             projections = (one.projection(context.key(layer, site)) for site, one in layers)
             return lora_mlp(x, *projections, activation=self.activation)
         gate, up = jnp.split(self.gate_up_proj(x, context.key(layer, 4)), 2, axis=-1)
-        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        gate, up = named(gate, "gate"), named(up, "up")
         return self.down_proj(ACTIVATIONS[self.activation](gate) * up, context.key(layer, 6))
 
 
@@ -255,15 +257,19 @@ class Block(nnx.Module):
         self.residual_scale = config.residual_scale
 
     def __call__(self, x, context: Context, layer, update_cache: Callable):
-        """One layer: x [B, T, D] -> (x, cache). `layer` is its number in the model."""
+        """One layer: x [B, T, D] -> (x, cache, how the tokens that `context.counted` counts fall on its experts).
+
+        `layer` is its number in the model.
+        """
         before_attention, after_attention, before_mlp, after_mlp = self.norms
         context = context.of_layer(layer)
         x, y = self._branch(before_attention, x)
         y, cache = self.self_attn(y, context, layer, update_cache)
-        x = checkpoint_name(x + scaled(self._norm(after_attention, y), self.residual_scale), "residual")
+        x = named(x + scaled(self._norm(after_attention, y), self.residual_scale), "residual")
         x, y = self._branch(before_mlp, x)
-        y = getattr(self, self.mlp_name)(y, context, layer)
-        return x + scaled(self._norm(after_mlp, y), self.residual_scale), cache
+        mlp = getattr(self, self.mlp_name)
+        y, load = mlp.with_load(y, context, layer) if isinstance(mlp, MoE) else (mlp(y, context, layer), None)
+        return x + scaled(self._norm(after_mlp, y), self.residual_scale), cache, load
 
     def _branch(self, name: str | None, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The residual stream and what attention or MLP get of it."""
@@ -316,18 +322,21 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         segment_start: jax.Array | None = None,
         *,
+        inputs_embeds: jax.Array | None = None,
         cache: Cache | None = None,
         checkpoint: Sequence[tuple[int, Callable | None]] | None = None,
         scan: bool = True,
         mlp_rows: int | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+        counted: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
         """Hidden states after the final norm, with the factor of the logits; `head()` turns them into logits.
 
         Args:
           input_ids: int32 [B, T].
           positions: int32 [B, T], position of each token in its document; None for 0, 1, ... T-1.
           segment_start: int32 [B, T], first index (of the row, or of the cache) each token may see; None for 0.
+          inputs_embeds: [B, T, D], rows of the embedding table for `input_ids`, where they were looked up before.
           cache: keys and values of earlier tokens; these tokens are appended.
           checkpoint: for each group of consecutive layers how many there are and what wraps the function of one layer,
             as `jax.checkpoint` does (lora_jax.remat); None, for a group or at all, keeps everything for backward.
@@ -335,24 +344,31 @@ class Decoder(nnx.Module):
             longer to compile, and spares the copies into and out of the loop's arrays.
           mlp_rows: tokens that the feed-forward layer computes at a time, which bounds its memory; None for all.
           dropout_key: key for the adapters' dropout; None for no dropout.
+          counted: [B, T], 1 or True for the tokens that a `RouterLoad` is asked of; without a cache only.
 
         Returns:
-          (hidden states [B, T, D], the cache with the new tokens, or None without one).
+          (hidden states [B, T, D], the cache with the new tokens), with None for the cache without one, or the
+          `RouterLoad` of all layers if `counted` is given.
+
+        Raises:
+          ValueError: `counted` is given for a model without experts.
+          NotImplementedError: `counted` is given, and its routers score experts by sigmoids.
         """
         offset = 0 if cache is None else cache.length
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]) + offset, input_ids.shape)
         keys = input_ids.shape[1] if cache is None else cache.keys[0].shape[2]
         context = _context(self.config, positions, segment_start, offset, keys, dropout_key)
-        context = dataclasses.replace(context, mlp_rows=mlp_rows)
-        x = self.embed_tokens(input_ids, self.dtype)
+        context = dataclasses.replace(context, mlp_rows=mlp_rows, counted=counted)
+        x = self.embed_tokens(input_ids, self.dtype, inputs_embeds)
         # Rounded to the dtype first, as Gemma's was when it was trained.
         x *= jnp.asarray(self.config.embedding_scale, x.dtype)
         if cache is None:
             groups = [(self.config.num_layers, None)] if checkpoint is None else checkpoint
+            load = None if counted is None else self._no_load()
             for stack, start, count, wrapper in _pieces(self.layers, groups):
-                x = _run_stack(stack, start, count, x, context, wrapper, scan)
-            return scaled(self.norm(x), self.config.logit_scale), None
+                x, load = _run_stack(stack, start, count, x, load, context, wrapper, scan)
+            return scaled(self.norm(x), self.config.logit_scale), load
         keys, values = [], []
         for stack, k, v in zip(self.layers, cache.keys, cache.values, strict=True):
             x, k, v = _run_stack_with_cache(stack, x, context, k, v)
@@ -360,6 +376,18 @@ class Decoder(nnx.Module):
             values.append(v)
         cache = Cache(tuple(keys), tuple(values), cache.length + input_ids.shape[1])
         return scaled(self.norm(x), self.config.logit_scale), cache
+
+    def _no_load(self) -> RouterLoad:
+        if self.config.moe is None:
+            raise ValueError(
+                f"{self.config.architecture} has no experts whose load could be counted: leave out router_aux_loss_coef"
+            )
+        if self.config.moe.sigmoid:
+            raise NotImplementedError(
+                f"router_aux_loss_coef for {self.config.architecture}: its routers score experts by sigmoids, which "
+                "are no probabilities, and pretraining kept them evenly loaded by biases; leave it out"
+            )
+        return RouterLoad.none(self.config.moe.num_experts)
 
     def head(self) -> Head:
         """The head of the loss."""
@@ -485,8 +513,8 @@ def _pieces(stacks: Iterable[Block], groups: Sequence[tuple[int, Callable | None
             yield stack, run[0] - stack.first, len(run), groups[number][1]
 
 
-def _run_stack(stack: Block, start: int, count: int, x: jax.Array, context: Context, wrapper, scan: bool):
-    """Runs `count` layers of a stack, from its entry `start` on: x [B, T, D] -> [B, T, D].
+def _run_stack(stack: Block, start: int, count: int, x: jax.Array, load, context: Context, wrapper, scan: bool):
+    """Runs `count` layers of a stack, from its entry `start` on: x [B, T, D] -> [B, T, D], beside the sum of loads.
 
     To cut the frozen weights would copy them, so every layer takes its own out of the whole stack, inside of what
     `wrapper` wraps: what is taken outside would be kept for backward. Without a wrapper only scan itself can do that.
@@ -496,11 +524,12 @@ def _run_stack(stack: Block, start: int, count: int, x: jax.Array, context: Cont
     graph, trained, frozen = nnx.split(stack, nnx.LoRAParam, ...)
 
     def layer(x, index, trained, weights=None):
-        x = checkpoint_name(x, "input")
+        x = named(x, "input")
         weights = (
             jax.tree.map(lambda leaf: _entry(leaf, index), frozen, is_leaf=_is_nf4) if weights is None else weights
         )
-        return nnx.merge(graph, trained, weights)(x, context, stack.first + index, lambda k, v: (k, v, None))[0]
+        x, _, load = nnx.merge(graph, trained, weights)(x, context, stack.first + index, lambda k, v: (k, v, None))
+        return x, load
 
     def part(state):
         return state if count == stack.count else jax.tree.map(lambda leaf: leaf[start : start + count], state)
@@ -513,11 +542,18 @@ def _run_stack(stack: Block, start: int, count: int, x: jax.Array, context: Cont
         wrapped = layer if wrapper is None else wrapper(layer)
         for i in range(count):
             x, leaves = _together(x, [entry[i].squeeze(0) for entry in entries])
-            x = wrapped(x, jnp.int32(start + i), jax.tree.unflatten(tree, leaves))
-        return x
+            x, more = wrapped(x, jnp.int32(start + i), jax.tree.unflatten(tree, leaves))
+            load = load if more is None else load + more
+        return x, load
     xs = (start + jnp.arange(count), part(trained))
     wrapped, xs = (layer, (*xs, part(frozen))) if wrapper is None else (wrapper(layer), xs)
-    return jax.lax.scan(lambda x, xs: (wrapped(x, *xs), None), x, xs)[0]
+
+    def body(carry, xs):
+        x, load = carry
+        x, more = wrapped(x, *xs)
+        return (x, load if more is None else load + more), None
+
+    return jax.lax.scan(body, (x, load), xs)[0]
 
 
 @jax.custom_vjp
@@ -543,21 +579,23 @@ def _is_nf4(leaf) -> bool:
 
 
 def _entry(leaf, index: jax.Array):
-    """Entry `index` of a stack of arrays or NF4 weights; a single NF4 weight stays where it is, for the kernels."""
+    """Entry `index` of a stack of arrays or NF4 weights; NF4 weights stay where they are, for the kernels."""
     if _is_nf4(leaf):
         layer = NF4Layer(leaf, index)
-        return layer if len(leaf.shape) == 3 and leaf.shape[-1] % BLOCK == 0 else layer.cut()
+        return layer if leaf.shape[-1] % BLOCK == 0 else layer.cut()
     return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False, allow_negative_indices=False)
 
 
 def _run_stack_with_cache(stack: Block, x: jax.Array, context: Context, keys: jax.Array, values: jax.Array):
-    """Runs all layers of a stack, writing their keys and values in place: (x, keys, values)."""
+    """Runs all layers of a stack, writing their keys and values in place: (x, keys, values).
+
+    Like `_run_stack`, a layer takes its weights out of the whole stack: scan would copy all that it cuts.
+    """
     graph, state = nnx.split(stack)
 
-    def body(carry, layer):
+    def body(carry, at):
         x, keys, values = carry
-        index, state = layer
-        at = index - stack.first
+        weights = jax.tree.map(lambda leaf: _entry(leaf, at), state, is_leaf=_is_nf4)
 
         def update(k, v):
             start = (at, 0, context.query_offset, 0, 0)
@@ -565,8 +603,7 @@ def _run_stack_with_cache(stack: Block, x: jax.Array, context: Context, keys: ja
             new_values = jax.lax.dynamic_update_slice(values, v[None], start)
             return new_keys[at], new_values[at], (new_keys, new_values)
 
-        x, (keys, values) = nnx.merge(graph, state)(x, context, index, update)
+        x, (keys, values), _ = nnx.merge(graph, weights)(x, context, stack.first + at, update)
         return (x, keys, values), None
 
-    layers = jnp.arange(stack.first, stack.first + stack.count)
-    return jax.lax.scan(body, (x, keys, values), (layers, state))[0]
+    return jax.lax.scan(body, (x, keys, values), jnp.arange(stack.count))[0]

@@ -2,7 +2,7 @@
 
 The first layers have an MLP, the others experts beside one that every token goes through. V2 scores experts by a
 softmax; V3 (arXiv 2412.19437, section 2.1.2) by sigmoids, and chooses them by these plus a bias. Both may choose among
-the experts of the best groups only. Layers that predict further tokens are not implemented, nor weights in FP8.
+the experts of the best groups only. Layers that predict further tokens are left out.
 """
 
 import math

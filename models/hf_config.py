@@ -9,6 +9,7 @@ from lora_jax.models.decoder import DecoderConfig
 __all__ = [
     "activation_from_hf",
     "decoder_config",
+    "further_layers",
     "refuse",
     "required",
     "rope_from_hf",
@@ -185,6 +186,16 @@ def windows_from_hf(hf: dict[str, Any], window: int | None, sliding: Sequence[bo
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"config.json: sliding_window must be a whole number above 0 or null, got {window!r}")
     return tuple(window if slides else None for slides in sliding)
+
+
+def further_layers(hf: dict[str, Any]) -> tuple[str, ...]:
+    """Beginnings of the names of the layers that predict tokens after the next one (DeepSeek-V3, R1).
+
+    They stand after the last layer in the files (arXiv 2412.19437, section 2.2). Neither transformers' class nor
+    this decoder has them; nothing else depends on them.
+    """
+    first, number = hf.get("num_hidden_layers", 0), hf.get("num_nextn_predict_layers") or 0
+    return tuple(f"model.layers.{layer}." for layer in range(first, first + number))
 
 
 def refuse(hf: dict[str, Any], **only: Any) -> None:

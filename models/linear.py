@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -85,10 +86,14 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embeddings [V, D], frozen; a trained copy or a LoRA product stands beside them if asked for."""
+    """Token embeddings [V, D], frozen; a trained copy or a LoRA product stands beside them if asked for.
+
+    The frozen table may stay in the host's memory (`offload`): rows of it are then looked up there, by `rows`.
+    """
 
     def __init__(self, vocab: int, dim: int, *, dtype: DTypeLike):
         self.weight = _empty((vocab, dim), dtype)
+        self.offloaded = False
         self.trained: nnx.LoRAParam | None = nnx.data(None)  # [V, D]
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)  # [V, R]
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)  # [R, D]
@@ -101,18 +106,32 @@ class Embedding(nnx.Module):
         v, d = value(self.weight).shape
         return d, v
 
-    def __call__(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """ids int32 [...] -> [..., D] in `dtype`."""
-        table = self.weight if self.trained is None else self.trained
-        x = jnp.take(value(table), ids, axis=0).astype(dtype)
+    def offload(self) -> None:
+        """Keeps the table in the host's memory from now on, as a numpy array."""
+        self.weight.set_value(np.asarray(value(self.weight)))
+        self.offloaded = True
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """ids int [...] -> [..., D], rows of an offloaded table. Raises IndexError for an id it does not have."""
+        table = value(self.weight)
+        # As integers: numpy copies rows of a type that it does not know element by element.
+        return table.view(np.dtype(f"u{table.itemsize}")).take(ids, axis=0).view(table.dtype)
+
+    def __call__(self, ids: jax.Array, dtype: DTypeLike, rows: jax.Array | None = None) -> jax.Array:
+        """ids int32 [...] -> [..., D] in `dtype`; `rows`: of the frozen table, if they were looked up before."""
+        if rows is not None and self.trained is None:
+            x = rows.astype(dtype)
+        else:
+            x = jnp.take(value(self.weight if self.trained is None else self.trained), ids, axis=0).astype(dtype)
         if self.lora_a is not None:
             a, b = value(self.lora_a), value(self.lora_b)
             x += self.scale * jnp.dot(jnp.take(a, ids, axis=0).astype(dtype), b.astype(dtype))
         return x
 
     def head(self, softcap: float | None = None) -> Head:
-        """The tied head of the loss."""
-        return Head(value(self.weight), softcap=softcap)
+        """The tied head of the loss; what is trained is trained in both places."""
+        a, b = (None if v is None else value(v).T for v in (self.lora_b, self.lora_a))
+        return Head(value(self.weight), value(self.trained), a, b, scale=self.scale, softcap=softcap)
 
 
 class RMSNorm(nnx.Module):

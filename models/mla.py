@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from lora_jax.kernels.attention import flash_attention
+from lora_jax.kernels.kept import named
 from lora_jax.kernels.rope import apply_rope
 from lora_jax.models.linear import Linear, RMSNorm
 
@@ -73,9 +73,9 @@ class LatentAttention(nnx.Module):
         plain_k, v = jnp.split(kv, [self.latent.plain_dim], axis=-1)
         rotated_q = self._rotate(rotated_q, context)
         rotated_k = jnp.broadcast_to(self._rotate(rotated_k[:, :, None], context), rotated_q.shape)
-        q = checkpoint_name(jnp.concatenate([plain_q, rotated_q], axis=-1), "q")
-        k = checkpoint_name(jnp.concatenate([plain_k, rotated_k], axis=-1), "k")
-        k, v, cache = update_cache(k, checkpoint_name(v, "v"))
+        q = named(jnp.concatenate([plain_q, rotated_q], axis=-1), "q")
+        k = named(jnp.concatenate([plain_k, rotated_k], axis=-1), "k")
+        k, v, cache = update_cache(k, named(v, "v"))
         start, offset = context.segment_start, context.query_offset
         out = flash_attention(q, k, v, segment_start=start, query_offset=offset, scale=self.scale)
         return self.o_proj(out.reshape(b, t, -1), context.key(layer, 3)), cache

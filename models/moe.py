@@ -3,11 +3,12 @@
 Token-expert pairs are sorted by expert and multiplied by grouped matmuls: no token is dropped, and all shapes are
 static. Fedus et al. (arXiv 2101.03961) has the idea, Gale et al. (arXiv 2211.15841) that of not dropping.
 
-Routers are frozen unless they are asked for, and the loss that keeps experts evenly loaded in pretraining is not added.
+Routers are frozen unless they are asked for. `RouterLoad` has the loss that keeps experts evenly loaded in pretraining.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from lora_jax.kernels.grouped import grouped_lora_matmul
+from lora_jax.kernels.kept import named
 from lora_jax.kernels.nf4.mlp import ACTIVATIONS
 from lora_jax.models.linear import Linear, value
 
 if TYPE_CHECKING:
     from lora_jax.models.decoder import Context, DecoderConfig
 
-__all__ = ["ExpertLinear", "Experts", "MoE", "MoEConfig", "Router"]
+__all__ = ["ExpertLinear", "Experts", "MoE", "MoEConfig", "Router", "RouterLoad"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,34 @@ class MoEConfig:
     clamp: tuple[float, float] | None = None  # (alpha, limit) of gpt-oss's `clamped_swiglu` in place of the activation
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterLoad:
+    """How tokens fall on experts: sums over tokens and layers, float32."""
+
+    chosen: jax.Array  # [E]: tokens that have the expert among their k
+    scores: jax.Array  # [E]: the expert's probability, before it was chosen or not
+    tokens: jax.Array  # []: tokens, counted in every layer
+
+    @staticmethod
+    def none(experts: int) -> "RouterLoad":
+        """That of no token."""
+        return RouterLoad(jnp.zeros(experts), jnp.zeros(experts), jnp.zeros(()))
+
+    def __add__(self, other: "RouterLoad") -> "RouterLoad":
+        return jax.tree.map(jnp.add, self, other)
+
+    def balancing_loss(self) -> jax.Array:
+        """E sum_e f_e p_e, float32 []: k where experts are evenly loaded, up to E where k of them get everything.
+
+        f_e is the share of tokens that have expert e among their k, p_e the mean probability of e; gradients flow
+        through p. Fedus et al. (arXiv 2101.03961), equations 4 to 6, with k in place of one expert and with the means
+        over the tokens of all layers at once, as transformers takes them.
+        """
+        tokens = jnp.maximum(self.tokens, 1)
+        return self.chosen.size * jnp.sum(self.chosen / tokens * self.scores / tokens)
+
+
 class Router(Linear):
     """The linear layer that scores the experts of a token. It stays in 16 bits, and has an adapter only by its name."""
 
@@ -69,11 +99,12 @@ class ExpertLinear(Linear):
         self.experts = experts
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, rows: jax.Array, group_sizes: jax.Array
+        self, rows: jax.Array, group_sizes: jax.Array, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """rows [M, K], sorted by expert, group_sizes[e] of them for expert e -> [M, N]."""
+        """rows [M, K], sorted by expert, group_sizes[e] of them for expert e -> [M, N]; no dropout without a key."""
         w, a, b, bias = (value(v) for v in (self.weight, self.lora_a, self.lora_b, self.bias))
-        y = grouped_lora_matmul(rows, w, group_sizes, a, b, self.scale)
+        dropout: Any = dict(dropout_rate=self.dropout, dropout_key=dropout_key) if dropout_key is not None else {}
+        y = grouped_lora_matmul(rows, w, group_sizes, a, b, self.scale, **dropout)
         if bias is None:
             return y
         return y + jnp.repeat(bias.astype(y.dtype), group_sizes, axis=0, total_repeat_length=y.shape[0])
@@ -89,13 +120,15 @@ class Experts(nnx.Module):
             setattr(self, name, ExpertLinear(moe.num_experts, k, n, lead=lead, dtype=dtype, bias=moe.bias))
         self.activation, self.clamp = config.activation, moe.clamp
 
-    def __call__(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        """rows [M, D], sorted by expert -> [M, D]."""
+    def __call__(
+        self, rows: jax.Array, group_sizes: jax.Array, dropout_keys: Sequence[jax.Array | None] = (None,) * 3
+    ) -> jax.Array:
+        """rows [M, D], sorted by expert -> [M, D]; `dropout_keys` are of gate, up and down."""
         gate, up, down = (getattr(self, name) for name in self.names)
-        g = checkpoint_name(gate(rows, group_sizes), "gate")
-        u = checkpoint_name(up(rows, group_sizes), "up")
+        g = named(gate(rows, group_sizes, dropout_keys[0]), "gate")
+        u = named(up(rows, group_sizes, dropout_keys[1]), "up")
         h = ACTIVATIONS[self.activation](g) * u if self.clamp is None else clamped_swiglu(g, u, *self.clamp)
-        return down(h, group_sizes)
+        return down(h, group_sizes, dropout_keys[2])
 
 
 def clamped_swiglu(gate: jax.Array, up: jax.Array, alpha: float, limit: float) -> jax.Array:
@@ -130,20 +163,37 @@ class MoE(nnx.Module):
 
     def __call__(self, x: jax.Array, context: "Context", layer: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
+        return self.with_load(x, context, layer)[0]
+
+    def with_load(self, x: jax.Array, context: "Context", layer: jax.Array) -> tuple[jax.Array, RouterLoad | None]:
+        """x [B, T, D] -> (the same as a call, how the tokens that `context.counted` counts fall on experts)."""
         tokens = x.reshape(-1, x.shape[-1])
-        weights, chosen = self.route(tokens)
+        weights, chosen, scores = self.route(tokens)
         order = jnp.argsort(chosen.reshape(-1))  # the pairs of token and expert, by expert
         place = jnp.argsort(order)  # of each pair among them
         group_sizes = jnp.bincount(chosen.reshape(-1), length=self.moe.num_experts)
-        y = self.experts(_rows_of_pairs(tokens, order, place), group_sizes.astype(jnp.int32))
+        keys = [context.key(layer, site) for site in (8, 9, 10)]  # 4 to 6 are of a shared MLP, 7 of attention
+        y = self.experts(_rows_of_pairs(tokens, order, place), group_sizes.astype(jnp.int32), keys)
         y = _permute(y, place, order).reshape(*chosen.shape, -1)
         out = jnp.einsum("mk,mkd->md", weights, y, preferred_element_type=jnp.float32)
         if self.moe.shared_size is not None:
             out += self._shared(tokens, context, layer)
-        return out.astype(x.dtype).reshape(x.shape)
+        return out.astype(x.dtype).reshape(x.shape), self._load(chosen, scores, context.counted)
 
-    def route(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """tokens [M, D] -> (weights, float32 [M, k], of the experts that a token goes to; their numbers, int32)."""
+    def _load(self, chosen: jax.Array, scores: jax.Array, counted: jax.Array | None) -> RouterLoad | None:
+        if counted is None:
+            return None
+        counted = counted.reshape(-1, 1).astype(jnp.float32)
+        has = (chosen[..., None] == jnp.arange(self.moe.num_experts)).any(axis=1)
+        return RouterLoad((counted * has).sum(axis=0), (counted * scores).sum(axis=0), counted.sum())
+
+    def route(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Chooses experts: tokens [M, D] -> (weights, numbers, scores).
+
+        Returns:
+          Weights of the experts that a token goes to, float32 [M, k]; their numbers, int32 [M, k]; and the scores of
+          all experts, float32 [M, E].
+        """
         router: Router = getattr(self, self.moe.router)
         logits = router(tokens)
         scores = jax.nn.sigmoid(logits) if self.moe.sigmoid else jax.nn.softmax(logits, axis=-1)
@@ -153,7 +203,7 @@ class MoE(nnx.Module):
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if self.moe.normalize:
             weights /= weights.sum(axis=-1, keepdims=True)
-        return weights * self.moe.scale, chosen
+        return weights * self.moe.scale, chosen, scores
 
     def _preference(self, scores: jax.Array, router: Router) -> jax.Array:
         """By what experts are chosen: float32 [M, N]; a group is as good as its best expert, or its best two."""

@@ -389,6 +389,11 @@ BAD_INPUT = {
         ValueError,
         "'GPT2LM.*LlamaForCausalLM, MistralFor",
     ),
+    "remote code": (
+        edit_config(architectures=["OwnForCausalLM"], auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}),
+        ValueError,
+        r"'OwnForCausalLM' is not implemented \(the code beside it, which its auto_map names, is not run\); known are",
+    ),
     "no architecture": (edit_config(architectures=...), ValueError, "architecture None is not .*known are Llama"),
     "pytorch_model.bin": (only_bin("pytorch_model.bin"), ValueError, ""),
     "sharded bin": (only_bin("pytorch_model.bin.index.json"), ValueError, ""),
@@ -400,11 +405,10 @@ BAD_INPUT = {
     "no tokenizer": (remove("tokenizer.json"), FileNotFoundError, r"holds no tokenizer \(tokenizer\.json, .*; copy"),
     "gptq": (edit_config(quantization_config=GPTQ), ValueError, "quantised with 'gptq'; 16-bit .* use the original"),
     "awq": (edit_config(quantization_config={"quant_method": "awq"}), ValueError, "quantised with 'awq'"),
-    "fp8": (edit_config(quantization_config={"quant_method": "fp8"}), ValueError, "quantised with 'fp8'"),
     "8 bit": (
         edit_config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
         ValueError,
-        "'bitsandbytes' in 8 bits; 16-bit checkpoints and bitsandbytes' NF4",
+        "'bitsandbytes' in 8 bits; 16-bit checkpoints, bitsandbytes' NF4",
     ),
     "integers": (
         edit_tensors(lambda t: t.update({K_PROJ: np.ones((32, 64), np.int32)})),

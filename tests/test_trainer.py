@@ -83,6 +83,9 @@ class TinyLM:
     def update_lora(self, lora: Any) -> None:
         self.lora = lora
 
+    def with_embeddings(self, batch: Any) -> dict[str, Any]:
+        return dict(batch)
+
     def save_pretrained(self, folder: str | Path) -> Path:
         Path(folder).mkdir(parents=True, exist_ok=True)
         leaves: dict[str, Any] = _leaves(self)

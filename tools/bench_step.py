@@ -10,6 +10,7 @@ lora_jax.plan estimates of both. Speed depends on the card: compare numbers of o
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import json
 import subprocess
@@ -46,6 +47,11 @@ def random_model(shape: dict[str, Any], *, nf4: bool = True):
     def draw(key, shape, scale):
         return (scale * jax.random.normal(key, shape, jnp.float32)).astype(jnp.bfloat16)
 
+    @functools.partial(jax.jit, static_argnums=1)  # compiled once for weights of one shape
+    def stacked(keys, shape):
+        one = lambda key: draw(key, shape, shape[-1] ** -0.5)  # noqa: E731
+        return jax.lax.map(lambda key: quantize(one(key)) if nf4 else one(key), keys)
+
     for i, (_, stack, part) in enumerate(module.named_modules()):
         full = part.weight.get_value().shape
         rng = jax.random.fold_in(key, i)
@@ -54,11 +60,7 @@ def random_model(shape: dict[str, Any], *, nf4: bool = True):
         elif stack is None:
             part.weight.set_value(draw(rng, full, 0.02))
         else:
-            one = jax.jit(
-                lambda k, s=full[1:]: quantize(draw(k, s, s[-1] ** -0.5)) if nf4 else draw(k, s, s[-1] ** -0.5)
-            )
-            layers = [one(k) for k in jax.random.split(rng, full[0])]
-            part.weight.set_value(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+            part.weight.set_value(stacked(jax.random.split(rng, full[0]), full[1:]))
     return CausalLM(module, hf_config=hf, source=Path("random"))
 
 
@@ -80,15 +82,18 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     shape = SHAPES[args.model]
     model = random_model(shape, nf4=not args.bf16)
     lora_jax.get_peft_model(model, r=args.rank, verbose=False)
-    optimizer, _ = make_optimizer(lora_jax.SFTConfig(output_dir="unused", learning_rate=2e-4), 1000)
+    if args.offload_embedding:
+        model.offload_embedding()
+    optimizer, _ = make_optimizer(lora_jax.SFTConfig(output_dir="unused", learning_rate=2e-4, optim=args.optim), 1000)
     budget = args.memory_budget if args.remat_one == "auto" else None
+    remat = json.loads(args.remat_one) if args.remat_one.startswith("[") else args.remat_one
     step: Any = lora_jax.make_train_step(
-        model, optimizer, remat=args.remat_one, memory_budget=budget, scan_layers=args.scan_layers
+        model, optimizer, remat=remat, memory_budget=budget, scan_layers=args.scan_layers
     )
     _, lora, frozen = model.split()
     opt_state = optimizer.init(lora)
     ids = jax.random.randint(jax.random.key(1), (1, batch, length), 0, shape["vocab_size"])
-    data = {"input_ids": ids, "labels": ids}
+    data = model.with_embeddings({"input_ids": np.asarray(ids), "labels": np.asarray(ids)})
     arguments = (lora, opt_state, frozen, data)
     start = time.perf_counter()
     with using(**dict(pair.split("=") for pair in args.use)):
@@ -96,13 +101,13 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         compiled = step.compile(*arguments) if planned else step.lower(*arguments).compile()
     compile_s = time.perf_counter() - start
     analysis = compiled.memory_analysis()
-    chosen = step.plans[ids.shape] if planned else RematPlan.of(args.remat_one)
+    chosen = step.plans[ids.shape] if planned else RematPlan.of(remat)
     work, card = plan.of_step(model, *arguments), this_card()
     times, losses = [], []
     for steps in (*[1] * args.warmup, *[args.steps] * args.runs):
         start = time.perf_counter()
         for _ in range(steps):  # as in training, the host does not wait for a step before it sends the next
-            lora, opt_state, metrics = compiled(lora, opt_state, frozen, data)
+            lora, opt_state, metrics = compiled(lora, opt_state, frozen, model.with_embeddings(data))
         losses.append(float(metrics["loss"]))
         times.append((time.perf_counter() - start) / steps)
     if not np.isfinite(losses).all() or not losses[-1] < losses[0]:
@@ -123,6 +128,9 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         "estimated_gib": plan.memory(work, chosen, card).total / GIB,
         "base": "bf16" if args.bf16 else "nf4 (double-quantised)",
         "rank": args.rank,
+        "optim": args.optim,
+        "offload_embedding": args.offload_embedding,
+        "memory_budget": budget,
         "use": args.use,
         "scan_layers": args.scan_layers,
         "ms": 1e3 * seconds,
@@ -161,6 +169,8 @@ def main() -> None:
     parser.add_argument("--memory-budget", help="for auto, such as 12GB; else all that JAX may take")
     parser.add_argument("--bf16", action="store_true", help="16-bit base weights instead of NF4")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--optim", default="adamw_torch", help="as in SFTConfig")
+    parser.add_argument("--offload-embedding", action="store_true", help="keep the embedding table on the host")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="in one run")
     parser.add_argument("--runs", type=int, default=3)
