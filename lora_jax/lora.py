@@ -20,8 +20,10 @@ __all__ = [
     "LoraConfig",
     "adapter_shapes",
     "add_adapters",
+    "for_decoder",
     "get_peft_model",
     "parameter_counts",
+    "regex_of",
     "target_names_for_peft",
 ]
 
@@ -30,6 +32,8 @@ DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 # Names that a model with fused projections does not have -> what it has instead.
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 _FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+# Names that a model whose head is its embedding matrix has for both.
+_TIED = {"lm_head": "embed_tokens"}
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # of mixtures of experts: they get an adapter only by their name
 
 
@@ -105,7 +109,9 @@ def get_peft_model(
         a layer get adapters together; a router ("gate") gets one only if it is in a list of names or a regex.
       use_rslora: scale by lora_alpha / sqrt(r).
       layers_to_transform: numbers of the layers that get an adapter; None for all.
-      modules_to_save: "embed_tokens" or "lm_head", trained as a whole copy instead of by an adapter.
+      modules_to_save: "embed_tokens" or "lm_head", trained as a whole copy instead of by an adapter. Where head and
+        embeddings are one matrix, either name, here and among the targets, means that matrix, in both its places, as
+        with PEFT's `ensure_weight_tying`.
       random_state: seed of A.
       verbose: print how many parameters are trained.
 
@@ -125,6 +131,7 @@ def get_peft_model(
         )
     if model.lora_config is not None:
         raise ValueError("the model has an adapter already; load the base model again to start another")
+    peft_config = for_decoder(model.module, peft_config)
     add_adapters(model.module, peft_config)
     model.lora_config = peft_config
     if verbose:
@@ -133,12 +140,24 @@ def get_peft_model(
     return model
 
 
+def for_decoder(decoder: Decoder, config: LoraConfig) -> LoraConfig:
+    """The same adapter, "lm_head" being called "embed_tokens" where these are one matrix."""
+    if decoder.lm_head is not None:
+        return config
+    names = {"modules_to_save": config.modules_to_save}
+    if isinstance(config.target_modules, tuple):
+        names["target_modules"] = config.target_modules
+    once = {field: tuple(dict.fromkeys(_TIED.get(name, name) for name in found)) for field, found in names.items()}
+    return dataclasses.replace(config, **once)  # pyright: ignore[reportArgumentType]
+
+
 def add_adapters(decoder: Decoder, config: LoraConfig) -> None:
     """Puts fresh adapters and trained copies into a decoder, cutting its stacks where only some layers get one.
 
     Raises:
-      ValueError: a target matches nothing, a layer does not exist, or the head to be trained is tied.
+      ValueError: a target matches nothing, or a layer does not exist.
     """
+    config = for_decoder(decoder, config)
     layers = range(decoder.config.num_layers)
     targets = _target_names(decoder, config)
     _cut_stacks(decoder, [frozenset(_targets_of_layer(decoder, targets, i)) for i in layers])
@@ -174,7 +193,7 @@ def parameter_counts(model: CausalLM) -> tuple[int, int]:
 
 def adapter_shapes(model: CausalLM, config: LoraConfig) -> dict[str, tuple[int, int]]:
     """(K, N) of every module that `get_peft_model` would give an adapter, by full name; raises as that does."""
-    slots = model.module.slots()
+    slots, config = model.module.slots(), for_decoder(model.module, config)
     shapes = {name: slots[f"{name}.weight"].shape for name in sorted(_target_names(model.module, config))}
     # An embedding looks up rows: its input dimension is the first.
     return {name: (n, k) if name.endswith("embed_tokens") else (k, n) for name, (n, k) in shapes.items()}
@@ -185,17 +204,43 @@ def target_names_for_peft(model: CausalLM) -> list[str] | str:
 
     "all-linear" is written out, since which modules that means depends on the reader's version; so is a regex beside
     `layers_to_transform`, which PEFT does not take together, and so is everything of a model that reads images too,
-    whose vision tower has modules of the same names.
+    whose vision tower has modules of the same names. Of a mixture of experts, whose names transformers 5 has changed,
+    PEFT takes the last parts of names, or else a regex that matches experts without their numbers, too.
     """
     assert model.lora_config is not None
     targets = model.lora_config.target_modules
+    adapted = _target_names(model.module, model.lora_config)
     if model.config.hf_prefix != "model":
-        return sorted(_target_names(model.module, model.lora_config))
+        return sorted(adapted)
     if targets is None or targets == "all-linear":
-        return sorted({name.rpartition(".")[2] for name in _target_names(model.module, model.lora_config)})
+        return sorted({name.rpartition(".")[2] for name in adapted})
+    if model.config.moe is not None:
+        everything = dataclasses.replace(model.lora_config, target_modules=".*", modules_to_save=(), lora_dropout=0.0)
+        others = _target_names(model.module, everything) - adapted
+        last = {name.rpartition(".")[2] for name in adapted}
+        return regex_of(adapted) if last & {name.rpartition(".")[2] for name in others} else sorted(last)
     if isinstance(targets, str) and model.lora_config.layers_to_transform is not None:
-        return sorted(_target_names(model.module, model.lora_config))
+        return sorted(adapted)
     return targets if isinstance(targets, str) else sorted(targets)
+
+
+def regex_of(names: Iterable[str]) -> str:
+    """A regular expression that the full names of some modules match, and no others.
+
+    It matches all experts of a layer, and names without the expert's number.
+    """
+    layers: dict[str, set[int]] = {}
+    for name in names:
+        before, found, after = re.sub(r"\.experts\.\d+\.", ".experts.", name).partition(".layers.")
+        number, _, rest = after.partition(".")
+        layers.setdefault(f"{before}{found}*.{rest}" if found else name, set()).update([int(number)] if found else [])
+    return "|".join(
+        re.escape(name)
+        .replace(r"\*", f"({'|'.join(map(str, sorted(numbers)))})")
+        .replace(r"\.experts\.", r"\.experts(\.\d+)?\.")
+        .replace("block_sparse_moe", "(block_sparse_moe|mlp)")
+        for name, numbers in sorted(layers.items())
+    )
 
 
 def _target_names(decoder: Decoder, config: LoraConfig) -> set[str]:
@@ -216,9 +261,8 @@ def _target_names(decoder: Decoder, config: LoraConfig) -> set[str]:
     trained = {name.rpartition(".")[2] for name in chosen}
     if twice := trained & set(config.modules_to_save):
         raise ValueError(f"{sorted(twice)}: either target_modules or modules_to_save, not both")
-    _refuse_tied(decoder, trained | set(config.modules_to_save))
-    in_experts = any(".experts." in name for name in chosen)
-    if config.lora_dropout and (without := trained & {"lm_head", *_ROUTERS} or in_experts and {"experts"}):
+    heads = {"lm_head", *_ROUTERS} | ({"embed_tokens"} if decoder.lm_head is None else set())
+    if config.lora_dropout and (without := trained & heads):
         name = min(without)
         raise ValueError(f"lora_dropout on {name} is not implemented; leave {name} out, or train without dropout")
     return chosen
@@ -240,8 +284,9 @@ def _matching(names: list[str], config: LoraConfig) -> set[str]:
             raise ValueError(f"target_modules={wanted!r} is not a regular expression: {error}") from None
         unmatched = [] if chosen else [wanted]
     else:
-        chosen = {name for name in names for w in wanted if name == w or name.endswith(f".{w}")}
-        unmatched = [w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names)]
+        chosen = {name for name in names if not _endings(name).isdisjoint(wanted)}
+        there = set().union(*map(_endings, names))
+        unmatched = [w for w in wanted if w not in there]
     known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
     if unmatched:
         parts = {w: _FUSED[w] for w in unmatched if _FUSED.get(w) in known.split(", ")}
@@ -253,12 +298,10 @@ def _matching(names: list[str], config: LoraConfig) -> set[str]:
     return chosen
 
 
-def _refuse_tied(decoder: Decoder, trained: set[str]) -> None:
-    if decoder.lm_head is None and (tied := trained & {"lm_head", "embed_tokens"}):
-        raise ValueError(
-            f"{', '.join(sorted(tied))}: this model's head and embeddings are one matrix (tie_word_embeddings), and "
-            "training only one side of it is not supported"
-        )
+def _endings(name: str) -> set[str]:
+    """ "a.b.c" -> "a.b.c", "b.c", "c"."""
+    parts = name.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
 
 
 def _targets_of_layer(decoder: Decoder, targets: set[str], layer: int) -> list[str]:

@@ -64,8 +64,8 @@ class CausalLM:
         """
         if self.config.tie_embeddings:
             raise ValueError(
-                f"offload_embedding: the head of {self.name_or_path} is its embedding table, which the loss needs on the"
-                " device; leave it there"
+                f"offload_embedding: the head of {self.name_or_path} is its embedding table, which the loss needs on "
+                "the device; leave it there"
             )
         self.module.embed_tokens.offload()
 

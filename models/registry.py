@@ -41,6 +41,7 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     name: Any = (hf.get("architectures") or [None])[0]
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"config.json: architecture {name!r} is not implemented; known are {known}")
+        remote = " (the code beside it, which its auto_map names, is not run)" if "auto_map" in hf else ""
+        raise ValueError(f"config.json: architecture {name!r} is not implemented{remote}; known are {known}")
     family = importlib.import_module(f"lora_jax.models.{ARCHITECTURES[name]}")
     return family.config_from_hf(hf)

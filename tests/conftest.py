@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-# One parameter set of each test marked `rotate`, chosen by the commit.
+# One parameter set of each test marked `rotate`, chosen by the commit; of each family that `rotate(family)` names.
 
 
 def _commit() -> str:
@@ -55,8 +55,8 @@ def _rotate(config: pytest.Config, items: list[pytest.Item]) -> None:
     commit = _commit()
     families: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("rotate"):
-            families.setdefault(item.nodeid.split("[")[0], []).append(item)
+        if mark := item.get_closest_marker("rotate"):
+            families.setdefault(" ".join([item.nodeid.split("[")[0], *mark.args]), []).append(item)
     chosen = {name: family[zlib.crc32(f"{commit} {name}".encode()) % len(family)] for name, family in families.items()}
     left_out = [item for name, family in families.items() for item in family if item is not chosen[name]]
     items[:] = [item for item in items if item not in set(left_out)]

@@ -106,16 +106,35 @@ def test_settings_out_of_range_change_nothing(folder, options, message):
 
 @pytest.mark.parametrize(
     "options",
-    [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, {"target_modules": ["embed_tokens"]}],
+    [
+        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["q_proj"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["lm_head", "embed_tokens", "q_proj"]},
+    ],
 )
-def test_one_side_of_a_tied_matrix_is_refused(tied, options):
-    with pytest.raises(ValueError, match=r"head and embeddings are one matrix \(tie_word_embeddings\)"):
-        adapted(tied, **options)
+def test_a_tied_head_is_the_embedding_matrix(tied, options):
+    """Either name means the one matrix, which counts once."""
+    model = tiny.randomize_adapter(adapted(tied, r=4, **options))
+    embedding = model.module.embed_tokens
+    assert "embed_tokens" in (model.lora_config.modules_to_save or model.lora_config.target_modules)
+    assert "lm_head" not in {*model.lora_config.modules_to_save, *(model.lora_config.target_modules or ())}
+    whole = embedding.trained is not None
+    trained, _ = parameter_counts(model)
+    assert trained == 2 * 2 * 4 * 64 + (tiny.VOCAB * 64 if whole else 4 * (tiny.VOCAB + 64))
+    matrix = (
+        embedding.trained[...] if whole else embedding.weight[...] + 4.0 * embedding.lora_a[...] @ embedding.lora_b[...]
+    )
+    x = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+    # Float32 sums of 64 products in another order.
+    np.testing.assert_allclose(model.module.head().logits(x), x @ np.asarray(matrix).T, rtol=0, atol=1e-4)
+    ids = tiny.ids(1, 5)
+    np.testing.assert_allclose(embedding(ids, np.float32), np.asarray(matrix)[ids], rtol=0, atol=1e-5)
 
 
-def test_a_tied_model_has_no_head_to_adapt(tied):
-    with pytest.raises(ValueError, match="'lm_head' matches no module; there are embed_tokens, q_proj"):
-        adapted(tied, target_modules=["lm_head"])
+def test_a_tied_head_takes_no_dropout(tied):
+    with pytest.raises(ValueError, match="lora_dropout on embed_tokens is not implemented"):
+        adapted(tied, target_modules=["embed_tokens"], lora_dropout=0.1)
 
 
 def test_a_second_adapter_is_refused(folder):

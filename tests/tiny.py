@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 from lora_jax.hf_checkpoint import Checkpoint, read_json
 from lora_jax.loading import load_decoder
 from lora_jax.model import CausalLM
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.registry import config_from_hf
 from tests.export.tiny_gguf import random_weights
 
 VOCAB = 320
@@ -72,6 +74,15 @@ def write_folder(
     if tokenizer:
         write_tokenizer(folder)
     return folder
+
+
+def write_random(folder: Path, hf: dict[str, Any], seed: int = 0) -> Path:
+    """Writes a model folder of any architecture without a tokenizer; weights are random, float32, norms around one."""
+    slots = Decoder(config_from_hf(hf), np.float32).slots()
+    rng = np.random.default_rng(seed)
+    noise = {name: rng.normal(size=slot.shape) for name, slot in slots.items()}
+    scaled = {n: 1 + 0.2 * x if "norm" in n else 1.5 * x / x.shape[-1] ** 0.5 for n, x in noise.items()}
+    return write_folder(folder, hf, {n: np.float32(x) for n, x in scaled.items()}, tokenizer=False)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -316,39 +316,86 @@ def elementwise() -> None:
 
 
 def experts() -> None:
-    """Grouped NF4 matmuls of a Mixtral layer: 8 experts, 2 a token, 4096 tokens, 3 matrices."""
+    """The experts' layer of Mixtral: 8 experts, 2 a token, 4096 tokens; routing, gather, 3 matmuls, SwiGLU, scatter."""
     import jax
     import jax.numpy as jnp
+    from flax import nnx
 
-    from lora_jax.kernels.grouped import grouped_lora_matmul  # pyright: ignore[reportMissingImports]
+    from lora_jax.kernels import dispatch
+    from lora_jax.kernels.nf4 import dequantize
+    from lora_jax.models.decoder import Context
+    from lora_jax.models.linear import value
 
-    def stack(seed, n, k):
-        layers = [nf4_weight(seed + i, n, k) for i in range(8)]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    class Ragged(nnx.Module):
+        """The experts by `jax.lax.ragged_dot` of dequantised weights."""
 
-    rows = 8192
-    routed = jax.random.randint(jax.random.key(5), (rows,), 0, 8)
-    sizes = jnp.bincount(routed, length=8).astype(jnp.int32)
-    weights = stack(0, F, D), stack(8, F, D), stack(16, D, F)  # gate, up, down
-    factors = [
-        (normal(1, (8, k, 16), 0.02, "float32"), normal(2, (8, 16, n), 0.02, "float32"))
-        for n, k in ((F, D), (F, D), (D, F))
-    ]
-    x, h, dy = normal(3, (rows, D)), normal(4, (rows, F)), normal(5, (rows, D))
-    for name in ("xla", "triton", "mosaic", None):
+        def __init__(self, experts):
+            self.experts = experts
 
-        def layer(x, h, weights, factors, name=name):
-            call = functools.partial(grouped_lora_matmul, group_sizes=sizes, scale=1.0, implementation=name)
-            return tuple(call(v, w, a=a, b=b) for v, w, (a, b) in zip((x, x, h), weights, factors, strict=True))
+        def __call__(self, rows, group_sizes, _):
+            dot = functools.partial(jax.lax.ragged_dot, group_sizes=group_sizes, preferred_element_type=jnp.float32)
 
-        def both(x, h, dy, weights, factors, layer=layer):
-            out, pull = jax.vjp(lambda x, h: layer(x, h, weights, factors), x, h)
-            return out, pull((h, h, dy))
+            def linear(x, one):
+                w, a, b = (value(v) for v in (one.weight, one.lora_a, one.lora_b))
+                dense = jnp.swapaxes(dequantize(w, x.dtype), 1, 2)
+                thin = dot(x, a.astype(x.dtype)).astype(x.dtype)
+                return (dot(x, dense) + dot(thin, (one.scale * b).astype(x.dtype))).astype(x.dtype)
 
-        label, sets, flops = name or "chosen", [(x, h, weights, factors)], 6 * rows * D * F
-        dys = [(x, h, dy, weights, factors)]
-        report("MoE, 3 grouped matmuls, forward", "8 experts, 8192 rows", label, layer, sets, flops=flops)
-        report("MoE, 3 grouped matmuls, fwd + dx", "8 experts, 8192 rows", label, both, dys, flops=2 * flops)
+            gate, up, down = (getattr(self.experts, name) for name in self.experts.names)
+            return linear(jax.nn.silu(linear(rows, gate)) * linear(rows, up), down)
+
+    tokens, layer = 4096, _mixtral_experts()
+    x, dy, zero = normal(3, (1, tokens, D)), normal(4, (1, tokens, D)), jnp.int32(0)
+    for name in ("ragged_dot", "xla", "triton", "mosaic", "chosen"):
+        if name == "ragged_dot":
+            graph, state = nnx.split(layer)
+            whole = nnx.merge(graph, state)
+            whole.experts = Ragged(whole.experts)
+        else:
+            whole = layer
+        graph, state = nnx.split(whole)
+
+        def forward(x, dy, state, graph=graph, name=name):
+            with dispatch.using(**({"grouped_lora_matmul": name} if name in ("xla", "triton", "mosaic") else {})):
+                return nnx.merge(graph, state)(x, Context(x, x, None, 0, None), zero)
+
+        def both(x, dy, state, forward=forward):
+            y, pull = jax.vjp(lambda x: forward(x, dy, state), x)
+            return y, pull(dy)
+
+        label, sets, flops = f"NF4 + {name}" if name == "ragged_dot" else name, [(x, dy, state)], 12 * tokens * D * F
+        report("MoE layer, forward", "8 experts, 2 of 4096 tokens", label, forward, sets, flops=flops)
+        report("MoE layer, forward + dx", "8 experts, 2 of 4096 tokens", label, both, sets, flops=2 * flops)
+
+
+def _mixtral_experts() -> Any:
+    """Router and experts of a Mixtral layer, NF4 but for the router, with adapters of rank 16 on all experts."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from lora_jax.models.linear import value
+    from lora_jax.models.moe import MoE
+    from lora_jax.models.registry import config_from_hf
+
+    hf = {"architectures": ["MixtralForCausalLM"], "hidden_size": D, "intermediate_size": F, "vocab_size": 32000}
+    hf |= {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+    }
+    hf |= {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "hidden_act": "silu", "tie_word_embeddings": False}
+    config = config_from_hf(hf | {"num_local_experts": 8, "num_experts_per_tok": 2})
+    layer: Any = MoE(config, config.moe, None, lead=(), dtype=jnp.bfloat16)  # pyright: ignore[reportArgumentType]
+    layer.gate.weight.set_value(normal(1, (8, D), D**-0.5))
+    for i, name in enumerate(layer.experts.names):
+        one = getattr(layer.experts, name)
+        _, n, k = value(one.weight).shape
+        one.weight.set_value(jax.tree.map(lambda *w: jnp.stack(w), *(nf4_weight(8 * i + e, n, k) for e in range(8))))
+        one.lora_a = nnx.LoRAParam(normal(30 + i, (8, k, 16), k**-0.5, "float32"))
+        one.lora_b = nnx.LoRAParam(normal(40 + i, (8, 16, n), 0.02, "float32"))
+    return layer
 
 
 GROUPS: dict[str, Callable[[], None]] = {

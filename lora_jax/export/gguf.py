@@ -1,21 +1,24 @@
-"""Export of dense models to GGUF, the file format of llama.cpp.
+"""Export to GGUF, the file format of llama.cpp.
 
 A GGUF file holds metadata (shape of the model, tokenizer, chat template) and then the tensors. Tensor by tensor, the
-source is read, converted and written, so that memory holds one tensor and its converted copy. The finished file is
-read back and compared with the source before it takes its name.
+source is read, converted and written, so that memory holds one tensor and its converted copy; or one linear layer of
+all experts of a layer, converted, and that of one expert. The finished file is read back and compared with the source
+before it takes its name.
 
 File types: "f32"; "f16"; "bf16"; "q8_0" (blocks of 32 int8 and one float16 scale). As in llama.cpp's own converter,
-norms, biases and other 1-D tensors are float32 in all of them.
+norms, biases and routers are float32 in all of them.
 """
 
 import contextlib
 import errno
-import functools
+import json
 import math
 import os
+import re
 import secrets
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +29,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from lora_jax.export.gguf_layout import Layout, Piece, pieces
 from lora_jax.export.gguf_metadata import (
-    PERMUTED,
-    PLUS_ONE,
     ModelShape,
     add_model,
     add_tokenizer,
@@ -69,20 +71,35 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True)
+class _Part:
+    """A tensor of the model that is one of the file's, or one expert's share of it."""
+
+    hf_name: str
+    source: TensorSource
+    piece: Piece
+
+
+@dataclass(frozen=True)
 class _Planned:
     """One tensor of the file to write."""
 
     name: str  # in the GGUF
-    hf_name: str
-    source: TensorSource
-    heads: int | None  # of rows to permute (q and k), else None
+    parts: list[_Part]  # one, or one for each expert
     type: GgmlType
-    plus_one: bool = False  # the file's values are one more
+
+    @property
+    def stacked(self) -> bool:
+        return self.parts[0].piece.expert is not None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.parts[0].piece.shape
+        return (len(self.parts), *shape) if self.stacked else shape
 
     @property
     def nbytes(self) -> int:
         block, block_bytes = gguf.GGML_QUANT_SIZES[self.type]
-        return math.prod(self.source.shape) // block * block_bytes
+        return math.prod(self.shape) // block * block_bytes
 
 
 @dataclass(frozen=True)
@@ -139,6 +156,8 @@ def save_gguf(
     tensors = merged_tensors(model, merge_base)
     with tempfile.TemporaryDirectory() as small:
         copy_small_files(model.source, Path(small), tokenizer)
+        # transformers reads from it which class of tokenizer to make, which may add tokens
+        (Path(small) / "config.json").write_text(json.dumps(model.hf_config), encoding="utf-8")
         for path, name in zip(paths, types, strict=True):
             write_gguf(path, tensors, model.hf_config, small, name, name=base, progress=verbose)
     return paths
@@ -161,7 +180,8 @@ def write_gguf(
       path: the file to write. It appears when it is complete; an older file of that name stays until then.
       tensors: Hugging Face name -> tensor, float32, linear weights as [out, in].
       hf_config: the model's config.json.
-      tokenizer_dir: folder with tokenizer.json, tokenizer_config.json, generation_config.json, chat template.
+      tokenizer_dir: folder with tokenizer.json, tokenizer_config.json, generation_config.json, chat template; and
+        config.json, which decides what class of tokenizer transformers makes.
       file_type: "f32", "f16", "bf16" or "q8_0". Rows that do not divide by 32 are float16 in a q8_0 file.
       name: `general.name` in the file; by default the file's name.
       verify: read the file back and compare every tensor with its source (see `verify_gguf`).
@@ -221,44 +241,34 @@ def verify_gguf(path: str | os.PathLike[str], tensors: Mapping[str, TensorSource
     """
     reader = gguf.GGUFReader(path)
     written = {tensor.name: tensor for tensor in reader.tensors}
-    architecture = _field(reader, "general.architecture")
-    heads = {
-        "attn_q": _field(reader, f"{architecture}.attention.head_count"),
-        "attn_k": _field(reader, f"{architecture}.attention.head_count_kv"),
-    }
-    heads = heads if architecture in PERMUTED else {}
-    layers = _field(reader, f"{architecture}.block_count")
+    layout = _layout_of_file(reader)
     if "output.weight" not in written:  # the head is tied to the embedding
         tensors = {hf_name: tensor for hf_name, tensor in tensors.items() if hf_name != "lm_head.weight"}
-    names = {n: name for n in tensors if (name := _gguf_name(n, architecture, layers)) is not None}
-    extra = {name for name in written.keys() - set(names.values()) if not name.startswith("rope_f")}
-    missing = set(names.values()) - written.keys()
+    places = {hf_name: pieces(hf_name, tuple(tensor.shape), layout) for hf_name, tensor in tensors.items()}
+    counts = Counter(piece.name for parts in places.values() for piece in parts)
+    extra = {name for name in written.keys() - counts.keys() if not name.startswith("rope_f")}
+    missing = counts.keys() - written.keys()
     if extra or missing:
         raise ValueError(f"{path} does not hold the model: missing {sorted(missing)}, not in the model {sorted(extra)}")
-    total = sum(math.prod(tensors[hf_name].shape) for hf_name in names)
+    total = sum(math.prod(piece.shape) for parts in places.values() for piece in parts)
     with _progress_bar("verifying", total, progress) as advance:
-        for hf_name, name in names.items():
-            tensor, source = written[name], tensors[hf_name]
-            if (got := tuple(int(n) for n in reversed(tensor.shape))) != tuple(source.shape):
-                raise ValueError(f"{path}: {name} has shape {got}, but {hf_name} has {tuple(source.shape)}")
-            kind, values = name.split(".")[-2], source.read()
-            if architecture in PLUS_ONE and kind.endswith("norm"):
-                values = values + np.float32(1)
-            _compare(tensor, values, heads.get(kind), f"{path}: {name} ({tensor.tensor_type.name})", advance)
+        for hf_name, parts in places.items():
+            values = tensors[hf_name].read() if parts else np.empty(0)
+            for piece in parts:
+                tensor = written[piece.name]
+                want = piece.shape if piece.expert is None else (counts[piece.name], *piece.shape)
+                if (got := tuple(int(n) for n in reversed(tensor.shape))) != want:
+                    raise ValueError(f"{path}: {piece.name} has shape {got}, but {hf_name} makes it {want}")
+                data = tensor.data if piece.expert is None else tensor.data[piece.expert]
+                what = f"{path}: {piece.name} ({tensor.tensor_type.name}, from {hf_name})"
+                _compare(data, tensor.tensor_type, piece.reorder(values), what, advance)
 
 
-def _compare(tensor: Any, expected: np.ndarray, heads: int | None, what: str, advance: Callable[[int], None]) -> None:
-    """`expected` is in the order of Hugging Face; rows of q and k are looked up where llama.cpp wants them."""
-    n = expected.shape[0]
-    rows = np.arange(n)
-    if heads is not None:  # dimension j of a head rotates with j + half; in the file they stand side by side
-        half = n // heads // 2
-        head, j = np.divmod(rows, 2 * half)
-        rows = head * 2 * half + 2 * (j % half) + j // half
+def _compare(data: np.ndarray, type: GgmlType, expected: np.ndarray, what: str, advance: Callable[[int], None]) -> None:
+    """Compares what was read, by rows of its first axis, with the values that were to be written."""
     for part in _row_chunks(expected.shape):
-        data = tensor.data[rows[part]] if heads is not None else tensor.data[part]
-        got, want = gguf.quants.dequantize(data, tensor.tensor_type), expected[part]
-        bad = ~(np.abs(got - want) <= _bound(want, tensor.tensor_type))  # written so that NaN counts as bad
+        got, want = gguf.quants.dequantize(data[part], type), expected[part]
+        bad = ~(np.abs(got - want) <= _bound(want, type))  # written so that NaN counts as bad
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             raise ValueError(
@@ -290,57 +300,49 @@ def _field(reader: gguf.GGUFReader, key: str) -> Any:
     return field.contents()
 
 
+def _layout_of_file(reader: gguf.GGUFReader) -> Layout:
+    name = _field(reader, "general.architecture")
+    fields = ("block_count", "attention.head_count", "attention.head_count_kv")
+    layers, heads, kv_heads = (_field(reader, f"{name}.{field}") for field in fields)
+    latent = None
+    if reader.get_field(f"{name}.attention.key_length_mla") is not None:
+        fields = ("attention.key_length_mla", "rope.dimension_count", "attention.value_length_mla")
+        key, rotated, value = (_field(reader, f"{name}.{field}") for field in fields)
+        latent = (key - rotated, value)
+    return Layout(name, layers, heads, kv_heads, latent)
+
+
 # The plan: which tensors, under which names.
-
-
-@functools.cache
-def _name_map(architecture: str, layers: int) -> gguf.TensorNameMap:
-    return gguf.get_tensor_name_map({name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture], layers)
-
-
-def _gguf_name(hf_name: str, architecture: str, layers: int) -> str | None:
-    """The tensor's name in the GGUF; None if it has none there (what is computed from the config)."""
-    if hf_name.endswith("rotary_emb.inv_freq"):
-        return None
-    name = hf_name.replace("model.language_model.", "model.", 1)
-    if name.endswith((".weight", ".bias")):
-        found = _name_map(architecture, layers).get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is not None:
-            return found
-    raise ValueError(
-        f"tensor {hf_name!r} has no place in a GGUF file of the {architecture} architecture with {layers} layers; "
-        "merge adapters first"
-    )
 
 
 def _plan(
     tensors: Mapping[str, TensorSource], shape: ModelShape, main_type: GgmlType
 ) -> tuple[list[_Planned], list[str]]:
-    decoder, architecture = shape.decoder, shape.architecture
+    decoder, layout = shape.decoder, shape.layout
     expected = {name: slot.shape for name, slot in Decoder(decoder, np.float32).slots().items()}
     if missing := [hf_name for hf_name in expected if hf_name not in tensors]:
         raise ValueError(f"{len(missing)} tensors of the model are missing: {', '.join(missing[:5])}")
     for hf_name in tensors.keys() - expected.keys():
         tied_head = hf_name == "lm_head.weight" and decoder.tie_embeddings
         # (raises where the name is unknown)
-        if not tied_head and _gguf_name(hf_name, architecture, decoder.num_layers) is not None:
+        if not tied_head and pieces(hf_name, tuple(tensors[hf_name].shape), layout):
             raise ValueError(f"tensor {hf_name!r} does not belong to a model as config.json has it")
-    plan = [_Planned(n, "", _Computed(factors), None, GgmlType.F32) for n, factors in rope_factors(shape).items()]
-    permuted = {"q_proj": decoder.num_heads, "k_proj": decoder.num_kv_heads} if architecture in PERMUTED else {}
-    fallbacks = []
+    parts: dict[str, list[_Part]] = {}
+    for name, factors in rope_factors(shape).items():
+        parts[name] = [_Part(name, _Computed(factors), Piece(name, None, factors.shape, lambda values: values))]
     for hf_name, size in expected.items():
         source = tensors[hf_name]
         if tuple(source.shape) != size:
             raise ValueError(f"{hf_name} has shape {tuple(source.shape)}, but config.json asks for {size}")
-        type = main_type if len(size) == 2 else GgmlType.F32
-        if size[-1] % gguf.GGML_QUANT_SIZES[type][0]:
+        for piece in pieces(hf_name, size, layout):
+            parts.setdefault(piece.name, []).append(_Part(hf_name, source, piece))
+    plan, fallbacks = [], []
+    for name, own in parts.items():
+        type = main_type if _is_narrowed(name, own[0].piece.shape) else GgmlType.F32
+        if own[0].piece.shape[-1] % gguf.GGML_QUANT_SIZES[type][0]:
             type = GgmlType.F16
-            fallbacks.append(hf_name)
-        module = hf_name.rsplit(".", 1)[0]
-        name = _gguf_name(hf_name, architecture, decoder.num_layers)
-        assert name is not None
-        heads, plus_one = permuted.get(module.rsplit(".", 1)[-1]), architecture in PLUS_ONE and len(size) == 1
-        plan.append(_Planned(name, hf_name, source, heads, type, plus_one and "norm" in module))
+            fallbacks.append(name)
+        plan.append(_Planned(name, sorted(own, key=lambda part: part.piece.expert or 0), type))
     notes = []
     if fallbacks:
         notes.append(
@@ -348,6 +350,11 @@ def _plan(
             f"({', '.join(fallbacks[:3])}{', ...' if len(fallbacks) > 3 else ''})"
         )
     return plan, notes
+
+
+def _is_narrowed(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is in the type of the file; the others are float32, as llama.cpp wants them."""
+    return len(shape) > 1 and name.endswith(".weight") and not re.search(r"_norm\.|\.ffn_gate_inp(_shexp)?\.", name)
 
 
 # Writing.
@@ -390,7 +397,7 @@ def _write(
     # The header names every tensor with its place, so that the data can follow one by one.
     for tensor in plan:
         # the numpy type only matters where it is uint8
-        writer.add_tensor_info(tensor.name, tensor.source.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
     add_model(writer, shape, FILE_TYPES[file_type][0], name)
     add_tokenizer(writer, tokenizer)
     with disk.explained():
@@ -402,6 +409,7 @@ def _write(
             data = _converted(tensor)
             with disk.explained():
                 writer.write_tensor_data(data)
+            del data  # before the next one is made
             advance(tensor.nbytes)
     with disk.explained():
         writer.flush()
@@ -418,39 +426,43 @@ def _progress_bar(what: str, total: int, enabled: bool) -> Iterator[Callable[[in
 
 
 def _converted(tensor: _Planned) -> np.ndarray:
-    """The tensor's bytes as they stand in the file, [rows, bytes of a row]."""
-    values = tensor.source.read()
-    if values.dtype != np.float32 or values.shape != tuple(tensor.source.shape):
-        raise ValueError(
-            f"{tensor.hf_name} was read as {values.dtype} {values.shape}, wanted float32 {tuple(tensor.source.shape)}"
-        )
-    for part in _row_chunks(values.shape):
-        _check_range(values[part], tensor)
-    if tensor.heads is not None:
-        # Hugging Face rotates dimension j with j + half, llama.cpp's llama neighbours: [2, half] becomes [half, 2].
-        half = values.shape[0] // tensor.heads // 2
-        split = values.reshape(tensor.heads, 2, half, *values.shape[1:])
-        values = split.swapaxes(1, 2).reshape(values.shape)
-    if tensor.plus_one:
-        values = values + np.float32(1)
-    values = np.ascontiguousarray(values)
-    if tensor.type == GgmlType.F32:
+    """The tensor's values as they stand in the file: float32, or bytes [..., bytes of a row]."""
+    if not tensor.stacked:
+        return _converted_part(tensor.parts[0], tensor.type)
+    stack = None
+    for i, part in enumerate(tensor.parts):
+        data = _converted_part(part, tensor.type)
+        if stack is None:
+            stack = np.empty((len(tensor.parts), *data.shape), data.dtype)
+        stack[i] = data
+    assert stack is not None
+    return stack
+
+
+def _converted_part(part: _Part, type: GgmlType) -> np.ndarray:
+    values, wanted = part.source.read(), tuple(part.source.shape)
+    if values.dtype != np.float32 or values.shape != wanted:
+        raise ValueError(f"{part.hf_name} was read as {values.dtype} {values.shape}, wanted float32 {wanted}")
+    values = np.ascontiguousarray(part.piece.reorder(values))
+    for rows in _row_chunks(values.shape):
+        _check_range(values[rows], part.hf_name, type)
+    if type == GgmlType.F32:
         return values
-    rows = tensor.source.shape[0]
-    out = np.empty((rows, tensor.nbytes // rows), np.uint8)
-    for part in _row_chunks(values.shape):
-        out[part] = gguf.quants.quantize(values[part], tensor.type).view(np.uint8)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[type]
+    out = np.empty((*values.shape[:-1], values.shape[-1] // block * block_bytes), np.uint8)
+    for rows in _row_chunks(values.shape):
+        out[rows] = gguf.quants.quantize(values[rows], type).view(np.uint8)
     return out
 
 
-def _check_range(values: np.ndarray, tensor: _Planned) -> None:
+def _check_range(values: np.ndarray, hf_name: str, type: GgmlType) -> None:
     largest = np.abs(values).max()
     if not np.isfinite(largest):
-        raise ValueError(f"{tensor.hf_name} holds NaN or infinity: the model is broken, nothing was written")
-    limit = {GgmlType.F16: _F16_MAX, GgmlType.Q8_0: 127 * _F16_MAX}.get(tensor.type)
+        raise ValueError(f"{hf_name} holds NaN or infinity: the model is broken, nothing was written")
+    limit = {GgmlType.F16: _F16_MAX, GgmlType.Q8_0: 127 * _F16_MAX}.get(type)
     if limit is not None and largest > limit:
         raise ValueError(
-            f"{tensor.hf_name} holds {largest:.6g}, more than {tensor.type.name} can ({limit:.6g}); "
+            f"{hf_name} holds {largest:.6g}, more than {type.name} can ({limit:.6g}); "
             "export with file type bf16 instead"
         )
 

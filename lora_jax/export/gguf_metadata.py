@@ -7,16 +7,19 @@ from typing import Any
 import gguf
 import numpy as np
 
+from lora_jax.export.gguf_layout import Layout
 from lora_jax.export.gguf_tokenizer import GgufTokenizer
 from lora_jax.kernels.rope import RopeConfig, inverse_frequencies
 from lora_jax.models.decoder import DecoderConfig
+from lora_jax.models.mla import LatentConfig
 from lora_jax.models.registry import config_from_hf
 
 # Hugging Face's `architectures[0]` -> llama.cpp's architecture.
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
-    "Mistral3ForConditionalGeneration": "llama",
+    "Mistral3ForConditionalGeneration": "mistral3",
+    "MixtralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "GemmaForCausalLM": "gemma",
@@ -28,11 +31,19 @@ ARCHITECTURES = {
     "Olmo3ForCausalLM": "olmo2",
     "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite",
+    "Qwen2MoeForCausalLM": "qwen2moe",
+    "Qwen3MoeForCausalLM": "qwen3moe",
+    "GptOssForCausalLM": "gpt-oss",
+    "DeepseekV2ForCausalLM": "deepseek2",
+    "DeepseekV3ForCausalLM": "deepseek2",
 }
-# Rows of q and k are permuted where llama.cpp rotates neighbouring features instead of halves of a head.
-PERMUTED = ("llama", "smollm3", "granite")
-PLUS_ONE = ("gemma", "gemma2", "gemma3")  # llama.cpp multiplies by the weight; Hugging Face's weight is one less
-_WITH_BIASES = ("llama", "qwen2")
+# What of a linear layer's biases llama.cpp reads; of the others there are none.
+_WITH_BIASES = {"llama": ("qkv", "out", "mlp"), "qwen2": ("qkv",), "qwen2moe": ("qkv",), "gpt-oss": ("qkv", "out")}
+_WITH_FREQUENCY_FACTORS = ("llama", "mistral3", "granite")  # that rotate by the factors of Llama 3
+_WITH_WINDOWS = ("gemma2", "gemma3", "olmo2", "gpt-oss")
+_WITH_YARN_BETAS = ("mistral3",)  # that read them from the file
+_LATENT_EPS = 1e-6  # of the norms of DeepSeek's short vectors, whatever that of the others is
+_GPT_OSS_CLAMP = (1.702, 7.0)  # alpha and limit, constants in llama.cpp
 _YARN_BETAS = (32.0, 1.0)  # beta_fast, beta_slow: the defaults of transformers and llama.cpp
 
 
@@ -42,6 +53,13 @@ class ModelShape:
 
     architecture: str  # llama.cpp's
     decoder: DecoderConfig
+
+    @property
+    def layout(self) -> Layout:
+        """Where its tensors go in the file."""
+        c = self.decoder
+        latent = None if c.mla is None else (c.mla.plain_dim, c.mla.value_dim)
+        return Layout(self.architecture, c.num_layers, c.num_heads, c.num_kv_heads, latent)
 
     @property
     def period(self) -> int:
@@ -70,13 +88,17 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
 def _why_not(shape: ModelShape) -> str | None:
     """What of a model the file cannot express; it would load and compute something else."""
     c, name = shape.decoder, shape.architecture
-    biases = c.qkv_bias or c.out_bias or c.mlp_bias
-    if biases and name not in _WITH_BIASES:
+    biases = {"qkv": c.qkv_bias, "out": c.out_bias, "mlp": c.mlp_bias}
+    if any(has for linear, has in biases.items() if linear not in _WITH_BIASES.get(name, ())):
         return "biases (attention_bias, mlp_bias)"
     if c.rope.kind == "longrope" and name != "phi3":
         return "rope type 'longrope'"
-    if c.rope.kind == "yarn" and not c.rope.truncate:
+    if c.rope.kind == "llama3" and name not in _WITH_FREQUENCY_FACTORS:
+        return "rope type 'llama3'"
+    if c.rope.kind == "yarn" and not c.rope.truncate and name != "gpt-oss":  # whose published models have it
         return "yarn rope scaling with truncate=False"
+    if c.moe is not None:
+        return _why_not_experts(shape)
     if name in ("gemma", "gemma2") and not c.tie_embeddings:
         return "head of its own (tie_word_embeddings=False)"
     if name == "gemma2" and (c.softcap is None or c.logit_softcap is None or shape.period != 2):
@@ -86,18 +108,60 @@ def _why_not(shape: ModelShape) -> str | None:
     # Theirs is 1 / sqrt(head_dim), but in the largest model of a family 1 / sqrt(hidden / heads).
     largest = {"gemma2": 46, "gemma3": 62}.get(name)
     width = c.hidden_size / c.num_heads if c.num_layers == largest else c.head_dim
-    if name in PLUS_ONE and not np.isclose(c.attention_scale or c.head_dim**-0.5, width**-0.5):
+    if name in ("gemma", "gemma2", "gemma3") and not np.isclose(c.attention_scale or c.head_dim**-0.5, width**-0.5):
         return f"query_pre_attn_scalar of {(c.attention_scale or 0) ** -2:.6g}, only {width:.6g}"
-    if (
-        name == "olmo2"
-        and c.local_rope is not None
-        and c.local_rope != RopeConfig(c.rope.theta, original_max_position=c.max_position, max_position=c.max_position)
-    ):
-        return f"rotation of layers with a window but with the base of the others, {c.rope.theta:.6g}"
+    if name == "olmo2" and (local := c.local_rope) is not None:
+        plain = RopeConfig(local.theta, original_max_position=c.max_position, max_position=c.max_position)
+        if local != plain:
+            return f"rotation of layers with a window but a plain one, got {local}"
     if name == "smollm3" and c.nope_layers != tuple(range(3, c.num_layers, 4)):
         return f"layers without rotation but every fourth (no_rope_layers), got {c.nope_layers}"
     if name == "granite" and c.head_dim * c.num_heads != c.hidden_size:
         return f"heads of {c.head_dim} features on a width of {c.hidden_size}"
+    return None
+
+
+def _why_not_experts(shape: ModelShape) -> str | None:
+    c, name = shape.decoder, shape.architecture
+    assert c.moe is not None
+    if name == "deepseek2":
+        return _why_not_deepseek(shape)
+    if len(c.moe.layers) != c.num_layers:
+        return "layers without experts (mlp_only_layers, decoder_sparse_step)"
+    normalized = name != "qwen2moe"
+    if c.moe.normalize != normalized:
+        return f"weights of experts that are {'not ' * normalized}normalised (norm_topk_prob={c.moe.normalize})"
+    if name in ("qwen2moe", "gpt-oss") and c.tie_embeddings:
+        return "head that is the embedding (tie_word_embeddings=True)"
+    if name == "qwen2moe" and c.head_dim * c.num_heads != c.hidden_size:
+        return f"heads of {c.head_dim} features on a width of {c.hidden_size}"
+    if name == "gpt-oss":
+        if c.moe.clamp != _GPT_OSS_CLAMP:
+            return f"swiglu_alpha and swiglu_limit of {c.moe.clamp}, only {_GPT_OSS_CLAMP}"
+        if not (c.qkv_bias and c.out_bias):
+            return "attention without biases (attention_bias=False)"
+        if not any(c.windows):
+            return "model without windows (sliding_window, layer_types)"
+    return None
+
+
+def _why_not_deepseek(shape: ModelShape) -> str | None:
+    c = shape.decoder
+    assert c.moe is not None and c.mla is not None
+    if not c.mla.interleaved:
+        return "rotation of halves of a head (rope_interleave=False)"
+    # It tells V2-Lite, whose queries have no short vector, by its number of layers.
+    lite = c.num_layers in (26, 27) or (c.num_layers == 48 and c.vocab_size == 128256)
+    if lite != (c.mla.query_rank is None):
+        return f"q_lora_rank={c.mla.query_rank} in a model of {c.num_layers} layers"
+    if c.rope.kind not in ("default", "yarn"):
+        return f"rope type {c.rope.kind!r}"
+    # The scores are multiplied as mscale_all_dim says, and the rotated features are not scaled.
+    if c.rope.kind == "yarn" and not (c.rope.mscale_all_dim and inverse_frequencies(c.rope, 2)[1] == 1):
+        return "yarn rope scaling but with mscale equal to mscale_all_dim"
+    number, kept = c.moe.groups or (1, 1)
+    if number > 1 and not (kept < number < c.moe.num_experts):
+        return f"choice of {kept} of {number} groups of {c.moe.num_experts} experts (n_group, topk_group)"
     return None
 
 
@@ -118,10 +182,15 @@ def unsupported(shape: ModelShape) -> list[str]:
     """What llama.cpp will do differently, for the user."""
     notes, c = [], shape.decoder
     betas = [c.rope.beta_fast, c.rope.beta_slow]
-    if c.rope.kind == "yarn" and betas != list(_YARN_BETAS):
+    if c.rope.kind == "yarn" and betas != list(_YARN_BETAS) and shape.architecture not in _WITH_YARN_BETAS:
         notes.append(
             "llama.cpp does not read the yarn betas of this architecture from the file; "
             f"run it with --yarn-beta-fast {betas[0]} --yarn-beta-slow {betas[1]}"
+        )
+    if c.rope.kind == "yarn" and not c.rope.truncate:
+        notes.append(
+            "llama.cpp rounds the bounds between which yarn mixes frequencies, this model does not (truncate=False): "
+            "its logits differ from this model's, as in every GGUF file of it"
         )
     if c.rope.kind == "dynamic":
         notes.append(f"dynamic rope scaling is not written: right up to {c.max_position} tokens, not beyond")
@@ -131,17 +200,21 @@ def unsupported(shape: ModelShape) -> list[str]:
             f"above {c.rope.original_max_position} tokens"
         )
     window = min((w for w in c.windows if w is not None), default=None)
-    if not _has_windows(shape) and window is not None and window < c.max_position:
+    if shape.architecture not in _WITH_WINDOWS and window is not None and window < c.max_position:
         notes.append(
             f"llama.cpp has no sliding window for this architecture: right up to {window} tokens; "
             "beyond, it attends to all of them"
         )
+    if c.mla is not None and c.rms_norm_eps != _LATENT_EPS:
+        notes.append(
+            f"llama.cpp takes {c.rms_norm_eps} for {_LATENT_EPS} in the norms of latent vectors (rms_norm_eps)"
+        )
+    if c.moe is not None and c.moe.groups is not None and not c.moe.sigmoid:
+        notes.append(
+            "llama.cpp takes a group of experts to be as good as its two best, this model as its best: some tokens "
+            "will go to other experts"
+        )
     return notes
-
-
-def _has_windows(shape: ModelShape) -> bool:
-    """Whether llama.cpp implements the windows of this model."""
-    return shape.architecture in ("gemma2", "gemma3", "olmo2")
 
 
 def add_model(writer: gguf.GGUFWriter, shape: ModelShape, file_type: gguf.LlamaFileType, name: str) -> None:
@@ -157,13 +230,17 @@ def add_model(writer: gguf.GGUFWriter, shape: ModelShape, file_type: gguf.LlamaF
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(c.intermediate_size)
     writer.add_head_count(c.num_heads)
-    writer.add_head_count_kv(c.num_kv_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
+    if c.mla is None:
+        writer.add_head_count_kv(c.num_kv_heads)
+        writer.add_key_length(c.head_dim)
+        writer.add_value_length(c.head_dim)
+    else:
+        _add_latent(writer, c.mla)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_vocab_size(c.vocab_size)
     writer.add_rope_dimension_count(c.rotary_dim or c.head_dim)
     writer.add_rope_freq_base(c.rope.theta)
+    _add_experts(writer, shape)
     _add_windows(writer, shape)
     _add_scales(writer, shape)
     if c.rope.kind in ("linear", "yarn", "longrope"):
@@ -171,10 +248,47 @@ def add_model(writer: gguf.GGUFWriter, shape: ModelShape, file_type: gguf.LlamaF
     if c.rope.kind in ("linear", "yarn"):
         writer.add_rope_scaling_factor(c.rope.factor)
     if c.rope.kind == "yarn":
-        _add_yarn(writer, c.rope)
-    if c.rope.kind == "longrope":
+        _add_yarn(writer, shape)
+    if shape.architecture == "phi3":
         writer.add_rope_scaling_orig_ctx_len(c.rope.original_max_position)
+    if c.rope.kind == "longrope":
         writer.add_rope_scaling_attn_factors(inverse_frequencies(c.rope, 2 * len(c.rope.short_factor))[1])
+
+
+def _add_latent(writer: gguf.GGUFWriter, latent: LatentConfig) -> None:
+    """llama.cpp attends to the short vector of keys and values, as if that and the rotated key were of one head."""
+    writer.add_head_count_kv(1)
+    writer.add_key_length(latent.key_value_rank + latent.rotated_dim)
+    writer.add_value_length(latent.key_value_rank)
+    writer.add_key_length_mla(latent.plain_dim + latent.rotated_dim)
+    writer.add_value_length_mla(latent.value_dim)
+    writer.add_kv_lora_rank(latent.key_value_rank)
+    if latent.query_rank is not None:
+        writer.add_q_lora_rank(latent.query_rank)
+
+
+def _add_experts(writer: gguf.GGUFWriter, shape: ModelShape) -> None:
+    moe = shape.decoder.moe
+    if moe is None:
+        return
+    writer.add_expert_count(moe.num_experts)
+    writer.add_expert_used_count(moe.top_k)
+    if shape.architecture != "llama":
+        writer.add_expert_feed_forward_length(moe.intermediate_size)
+    if shape.architecture == "qwen2moe":
+        assert moe.shared_size is not None
+        writer.add_expert_shared_feed_forward_length(moe.shared_size)
+    if shape.architecture == "deepseek2":
+        number, kept = moe.groups or (1, 1)
+        writer.add_expert_group_count(number)
+        writer.add_expert_group_used_count(kept)
+        functions = gguf.ExpertGatingFuncType
+        writer.add_expert_gating_func(functions.SIGMOID if moe.sigmoid else functions.SOFTMAX)
+        writer.add_leading_dense_block_count(shape.decoder.num_layers - len(moe.layers))
+        writer.add_expert_shared_count((moe.shared_size or 0) // moe.intermediate_size)
+        writer.add_expert_weights_scale(moe.scale)
+        if moe.normalize:
+            writer.add_expert_weights_norm(True)
 
 
 def _add_windows(writer: gguf.GGUFWriter, shape: ModelShape) -> None:
@@ -182,13 +296,16 @@ def _add_windows(writer: gguf.GGUFWriter, shape: ModelShape) -> None:
     window = next((w for w in c.windows if w is not None), None)
     if shape.architecture == "phi3":
         writer.add_sliding_window(window or 0)  # read, and not used; 0 tells Phi-4 from its predecessors
-    elif window is not None:
+    elif window is not None and shape.architecture in _WITH_WINDOWS:
         writer.add_sliding_window(window)
     if window is not None and shape.architecture == "gemma3":
         writer.add_sliding_window_pattern(shape.period)
-    if window is not None and shape.architecture == "olmo2":
-        writer.add_sliding_window_pattern([w is not None for w in c.windows])
-    if c.local_rope is not None and shape.architecture == "gemma3":
+    windows = [w is not None for w in c.windows]
+    # of gpt-oss, llama.cpp takes one in every other layer for granted
+    usual = shape.architecture == "gpt-oss" and windows == [i % 2 == 0 for i in range(c.num_layers)]
+    if window is not None and shape.architecture in ("olmo2", "gpt-oss") and not usual:
+        writer.add_sliding_window_pattern(windows)
+    if c.local_rope is not None and shape.architecture in ("gemma3", "olmo2"):
         writer.add_rope_freq_base_swa(c.local_rope.theta)
 
 
@@ -205,12 +322,16 @@ def _add_scales(writer: gguf.GGUFWriter, shape: ModelShape) -> None:
         writer.add_final_logit_softcapping(c.logit_softcap)
 
 
-def _add_yarn(writer: gguf.GGUFWriter, rope: RopeConfig) -> None:
+def _add_yarn(writer: gguf.GGUFWriter, shape: ModelShape) -> None:
+    rope = shape.decoder.rope
     writer.add_rope_scaling_orig_ctx_len(rope.original_max_position)
     writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
     writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+    if shape.architecture == "deepseek2":
+        assert rope.mscale_all_dim is not None
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope.mscale_all_dim)  # a tenth, which llama.cpp makes whole again
     # Both scale cos and sin: llama.cpp by `attn_factor` times its own 1 + 0.1 ln(factor).
-    if rope.attention_factor is not None or (rope.mscale and rope.mscale_all_dim):
+    elif rope.attention_factor is not None or (rope.mscale and rope.mscale_all_dim):
         wanted = inverse_frequencies(rope, 2)[1]
         writer.add_rope_scaling_attn_factors(wanted / (1 + 0.1 * np.log(max(rope.factor, 1))))
 

@@ -13,6 +13,7 @@ from lora_jax.fused_experts import Part, assemble
 from lora_jax.hf_checkpoint import Checkpoint
 from lora_jax.kernels.nf4 import NF4Weight, dequantize
 from lora_jax.models.decoder import Slot
+from lora_jax.models.hf_config import further_layers
 from lora_jax.models.linear import Embedding, Linear, layer_of, value
 
 if TYPE_CHECKING:
@@ -60,17 +61,22 @@ def merged_tensors(model: "CausalLM", merge_base: str = "dequantized") -> dict[s
 
 
 def tensors_beside(model: "CausalLM") -> dict[str, MergedTensor]:
-    """What the source holds beside the language model (its vision tower), float32, unchanged.
+    """What the source holds beside the model's tensors, float32, unchanged.
+
+    That is its vision tower, or layers that predict further tokens.
 
     Raises:
       FileNotFoundError: the source's files are gone.
       ValueError: it is quantised.
     """
-    prefix = model.config.hf_prefix
-    if prefix == "model":
+    prefix, further = model.config.hf_prefix, further_layers(model.hf_config)
+    if prefix == "model" and not further:
         return {}
     checkpoint = Checkpoint(model.source)
-    names = [n for n in checkpoint.names if not n.startswith((f"{prefix}.", "lm_head."))]
+    if prefix == "model":
+        names = [name for name in checkpoint.names if name.startswith(further)]
+    else:
+        names = [name for name in checkpoint.names if not name.startswith((f"{prefix}.", "lm_head."))]
     if quantized := [name for name in names if ".quant_state." in name]:
         raise ValueError(f"{model.source} holds {quantized[0]}: merge into the 16-bit model instead")
     return {

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.export.aside import folder_aside
+from lora_jax.export.peft_experts import LAYOUTS, config_of_fused, default_layout, fuse, modules_of, separate
 from lora_jax.export.safetensors_writer import write_file
 from lora_jax.hf_checkpoint import read_json
 from lora_jax.models.decoder import full_names
-from lora_jax.models.linear import Embedding, layer_of, set_layer, value
+from lora_jax.models.linear import Embedding, Linear, layer_of, set_layer, value
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["adapter_tensors", "base_of_adapter", "load_adapter", "save_adapter"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ROOT, _BASE = "base_model.model.", ".base_layer.weight"
 _LINEAR, _EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 # Settings of PEFT that change what an adapter means and are not implemented, with the value that turns each off.
 _UNSUPPORTED = {
@@ -36,7 +38,6 @@ _UNSUPPORTED = {
     "alpha_pattern": {},
     "exclude_modules": None,
     "layer_replication": None,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "alora_invocation_tokens": None,
 }
@@ -68,16 +69,38 @@ def adapter_tensors(model: "CausalLM") -> dict[str, np.ndarray]:
     return {k: np.ascontiguousarray(np.asarray(p.array).T if p.transposed else p.array) for k, p in parts.items()}
 
 
-def save_adapter(model: "CausalLM", folder: Path, *, overwrite: bool = False) -> Path:
+def save_adapter(model: "CausalLM", folder: Path, *, overwrite: bool = False, expert_layout: str | None = None) -> Path:
     """Writes the adapter so that PEFT, transformers, vLLM and llama.cpp's converter load it, and reads it back.
 
+    Args:
+      model: with an adapter.
+      folder: where to.
+      overwrite: replace an existing folder.
+      expert_layout: of adapters on experts: "separate", with one for each linear of each expert, under the names of
+        published checkpoints; or "fused", with PEFT's `target_parameters`, one for all experts of a layer. None for
+        "separate" unless PEFT would not load that right with transformers 5: it knows no single experts of gpt-oss
+        and Qwen2-MoE, forgets about layers without an adapter and MLPs beside experts (DeepSeek), and takes no dropout
+        there ("fused" leaves it out).
+
     Raises:
-      ValueError: the model has no adapter, or a value in it is not finite.
+      ValueError: the model has no adapter, a value in it is not finite, or the layout is unknown or impossible.
       FileExistsError, OSError: the folder exists, cannot be written, or the disk is full.
     """
     if model.lora_config is None:
         raise ValueError("the model has no adapter to save; make one with get_peft_model")
-    tensors = adapter_tensors(model)
+    if expert_layout not in (None, *LAYOUTS):
+        raise ValueError(f"expert_layout={expert_layout!r} is unknown; known are {', '.join(LAYOUTS)}, or None")
+    if expert_layout == "fused" and model.config.moe is None:
+        raise ValueError(f"expert_layout='fused' is for mixtures of experts; {model.config.architecture} has none")
+    tensors, config = adapter_tensors(model), _peft_config(model)
+    if config.get("ensure_weight_tying"):
+        tensors |= _tied_head(model, tensors)
+    modules = _modules(model)
+    adapted = [name for name, has_adapter in modules.items() if has_adapter]
+    layout = expert_layout or default_layout(model.config, adapted, model.lora_config.lora_dropout)
+    if layout == "fused":
+        tensors = fuse(tensors, model.config, model.lora_config.r)
+        config = config_of_fused(config, modules, model.config)
     if bad := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise ValueError(f"the adapter is not finite in {bad[0]} ({len(bad)} tensors); nothing was written")
     with folder_aside(folder, overwrite, kept=[model.source]) as aside:
@@ -85,7 +108,7 @@ def save_adapter(model: "CausalLM", folder: Path, *, overwrite: bool = False) ->
         write_file(
             aside / _WEIGHTS, {k: t.shape for k, t in tensors.items()}, tensors.__getitem__, np.dtype(np.float32)
         )
-        (aside / _CONFIG).write_text(json.dumps(_peft_config(model), indent=2) + "\n", encoding="utf-8")
+        (aside / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -108,12 +131,12 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    from lora_jax.lora import get_peft_model
+    from lora_jax.lora import for_decoder, get_peft_model, regex_of
 
     folder = Path(folder)
     if model.lora_config is not None:
         raise ValueError("the model has an adapter already; load the base model again to put another on it")
-    config = _read_config(folder)
+    peft = _read_config(folder)
     if not (folder / _WEIGHTS).exists():
         raise FileNotFoundError(
             f"{folder} holds no {_WEIGHTS}; an adapter saved as adapter_model.bin must be converted"
@@ -122,11 +145,59 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
         tensors = load_file(folder / _WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / _WEIGHTS} is truncated or corrupted ({error}); copy it again") from None
+    tensors = _without_base(model, tensors, folder)
+    if model.module.lm_head is None:
+        tensors = _without_tied_head(model, tensors, folder)
+    if peft.get("target_parameters"):
+        try:
+            tensors = separate(tensors, peft, model.config)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        peft |= {"target_modules": regex_of(modules_of(tensors)), "layers_to_transform": None}
+    config = for_decoder(model.module, _lora_config(peft))
     _check_tensors(model, config, tensors, folder)
     get_peft_model(model, config, verbose=False)
     for name, part in _parts(model).items():
         part.write(tensors[name])
     return model
+
+
+def _tied_head(model: "CausalLM", tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What PEFT saves of a head that is the embedding matrix, beside the matrix's own: the same, transposed."""
+    embedding, head = f"{_ROOT}{model.config.hf_prefix}.embed_tokens", f"{_ROOT}lm_head"
+    pairs = {".lora_A.weight": ".lora_embedding_B", ".lora_B.weight": ".lora_embedding_A"}
+    tied = {head + a: tensors[embedding + b].T for a, b in pairs.items() if embedding + b in tensors}
+    return tied | {head + w: tensors[embedding + w] for w in (".weight",) if embedding + w in tensors}
+
+
+def _without_tied_head(model: "CausalLM", tensors: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
+    """Drops the head's tensors, which must be the embeddings' transposed: this model trains them as one matrix."""
+    tied = _tied_head(model, tensors)
+    heads = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{_ROOT}lm_head.")}
+    if tied.keys() != heads.keys() or not all(np.array_equal(tied[name], heads[name]) for name in heads):
+        raise ValueError(
+            f"{folder}: the adapter changes head and embeddings apart from each other, which are one matrix in "
+            f"{model.source} (tie_word_embeddings): train it with PEFT's ensure_weight_tying=True, or give the base a "
+            "matrix for each"
+        )
+    return {name: tensor for name, tensor in tensors.items() if name not in heads}
+
+
+def _without_base(model: "CausalLM", tensors: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
+    """Drops the base weights that PEFT saves beside adapters on embeddings and head, if they are those of the model."""
+    slots = model.module.slots()
+    embedding = slots[f"{model.config.hf_prefix}.embed_tokens.weight"]
+    base = {name for name in tensors if name.endswith(_BASE)}
+    for name in base:
+        # A head that is the embedding matrix has none of its own.
+        slot = slots.get(f"{name.removeprefix(_ROOT).removesuffix(_BASE)}.weight", embedding)
+        mine = np.asarray(value(slot.variable))
+        if mine.shape != tensors[name].shape or not np.array_equal(mine, tensors[name].astype(mine.dtype)):
+            raise ValueError(
+                f"{folder}: {name} is not the weight of {model.source}: the adapter was made for another model, or for "
+                "one whose vocabulary was changed"
+            )
+    return {name: tensor for name, tensor in tensors.items() if name not in base}
 
 
 def _check_tensors(model: "CausalLM", config: "LoraConfig", tensors: dict[str, np.ndarray], folder: Path) -> None:
@@ -136,11 +207,11 @@ def _check_tensors(model: "CausalLM", config: "LoraConfig", tensors: dict[str, n
     wanted = {}
     for module, (k, n) in adapter_shapes(model, config).items():
         a, b = _EMBEDDING if module.endswith("embed_tokens") else _LINEAR
-        wanted[f"base_model.model.{module}.{a}"] = (config.r, k)
-        wanted[f"base_model.model.{module}.{b}"] = (n, config.r)
+        wanted[f"{_ROOT}{module}.{a}"] = (config.r, k)
+        wanted[f"{_ROOT}{module}.{b}"] = (n, config.r)
     for name, slot in model.module.slots().items():
         if name.removesuffix(".weight").rpartition(".")[2] in config.modules_to_save:
-            wanted[f"base_model.model.{name}"] = slot.shape
+            wanted[f"{_ROOT}{name}"] = slot.shape
     other = f"{folder}: the adapter was made for another model"
     if unknown := sorted(set(tensors) - set(wanted)):
         raise ValueError(f"{other}: {model.source} has no place for {unknown[0]} ({len(unknown)} such tensors)")
@@ -158,8 +229,18 @@ def _parts(model: "CausalLM") -> dict[str, _Part]:
     for name, stack, module in model.module.named_modules():
         for full, index in full_names(name, stack, module):
             for attribute, suffix, transposed in _attributes(module):
-                parts[f"base_model.model.{full}.{suffix}"] = _Part(module, attribute, index, transposed)
+                parts[f"{_ROOT}{full}.{suffix}"] = _Part(module, attribute, index, transposed)
     return parts
+
+
+def _modules(model: "CausalLM") -> dict[str, bool]:
+    """Full name of every module that may have an adapter -> whether it has one."""
+    return {
+        full: module.lora_a is not None
+        for name, stack, module in model.module.named_modules()
+        if isinstance(module, Linear | Embedding)
+        for full, _ in full_names(name, stack, module)
+    }
 
 
 def _attributes(module) -> Iterator[tuple[str, str, bool]]:
@@ -177,7 +258,10 @@ def _peft_config(model: "CausalLM") -> dict[str, Any]:
 
     config = model.lora_config
     assert config is not None
-    layers = config.layers_to_transform
+    targets = target_names_for_peft(model)
+    layers = None if isinstance(targets, str) else config.layers_to_transform  # a regex has them in it
+    embedding = model.module.embed_tokens
+    tied = model.module.lm_head is None and (embedding.lora_a is not None or embedding.trained is not None)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -185,7 +269,7 @@ def _peft_config(model: "CausalLM") -> dict[str, Any]:
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "target_modules": target_names_for_peft(model),
+        "target_modules": targets,
         "modules_to_save": list(config.modules_to_save) or None,
         "layers_to_transform": None if layers is None else sorted(layers),
         "layers_pattern": None if layers is None else "layers",
@@ -195,27 +279,39 @@ def _peft_config(model: "CausalLM") -> dict[str, Any]:
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
+        **({"ensure_weight_tying": True} if tied else {}),
     }
 
 
-def _read_config(folder: Path):
-    from lora_jax.lora import LoraConfig
-
+def _read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json; raises ValueError for what is not implemented."""
     config = read_json(folder / _CONFIG)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}: peft_type is {config.get('peft_type')!r}; only 'LORA' adapters can be loaded")
+    fused = config.get("target_parameters")
     for name, off in _UNSUPPORTED.items():
-        if config.get(name) and config[name] != off:
+        of_experts = (
+            fused and name.endswith("_pattern") and all(k.endswith("gate_up_proj") for k in config.get(name) or ())
+        )
+        if config.get(name) and config[name] != off and not of_experts:
             raise ValueError(f"{folder}: the adapter has {name}={config[name]!r}, which is not implemented")
-    if missing := [name for name in ("r", "lora_alpha", "target_modules") if config.get(name) is None]:
+    needed = ("r", "lora_alpha") if fused else ("r", "lora_alpha", "target_modules")
+    if missing := [name for name in needed if config.get(name) is None]:
         raise ValueError(f"{folder / _CONFIG} has no {missing[0]!r}; copy or save the adapter again")
-    targets = config["target_modules"]
+    return config
+
+
+def _lora_config(peft: dict[str, Any]) -> "LoraConfig":
+    from lora_jax.lora import LoraConfig
+
+    targets = peft["target_modules"]
     return LoraConfig(
-        r=config["r"],
-        lora_alpha=config["lora_alpha"],
-        lora_dropout=config.get("lora_dropout", 0.0),
+        r=peft["r"],
+        lora_alpha=peft["lora_alpha"],
+        lora_dropout=peft.get("lora_dropout", 0.0),
         target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
-        use_rslora=config.get("use_rslora", False),
-        layers_to_transform=config.get("layers_to_transform"),
-        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        use_rslora=peft.get("use_rslora", False),
+        layers_to_transform=peft.get("layers_to_transform"),
+        # PEFT may add the full name.
+        modules_to_save=tuple(dict.fromkeys(name.rpartition(".")[2] for name in peft.get("modules_to_save") or ())),
     )

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from lora_jax.export.gguf import verify_gguf, write_gguf
+from lora_jax.models.decoder import Decoder
+from lora_jax.models.registry import config_from_hf
 from tests.export.tiny_gguf import (
     TRICKY,
     ArraySource,
@@ -387,6 +389,60 @@ def test_verification_finds_swapped_rows_and_missing_tensors(export: Callable[..
         verify_gguf(path, sources(weights))
 
 
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 3, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+
+
+def weights_of(config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Normal numbers for every tensor of a model of any family."""
+    rng = np.random.default_rng(0)
+    slots = Decoder(config_from_hf(config), np.float32).slots()
+    return {name: rng.standard_normal(slot.shape, np.float32) for name, slot in slots.items()}
+
+
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+@pytest.mark.parametrize("family", [MIXTRAL, DEEPSEEK])
+def test_verification_finds_one_wrong_element_of_any_tensor(
+    family: dict[str, Any], file_type: str, export: Callable[..., Path]
+) -> None:
+    config = hf_config(**family)
+    weights = weights_of(config)
+    path = export(config, weights, file_type)  # verifies
+    for name in (name for name in weights if ".layers.1." in name):
+        changed = weights[name].copy()
+        changed[(-1, 0)[: changed.ndim]] += 0.5  # more than any type's step for normal numbers
+        with pytest.raises(ValueError, match="was read back at"):
+            verify_gguf(path, sources(weights | {name: changed}))
+
+
+def test_verification_finds_swapped_and_missing_experts(export: Callable[..., Path]) -> None:
+    config = hf_config(**MIXTRAL)
+    weights = weights_of(config)
+    path = export(config, weights)
+    first, second = (f"model.layers.0.block_sparse_moe.experts.{i}.w2.weight" for i in (0, 1))
+    with pytest.raises(ValueError, match=r"ffn_down_exps.weight \(F32, from .*experts.0.w2.weight"):
+        verify_gguf(path, sources(weights | {first: weights[second], second: weights[first]}))
+    del weights["model.layers.0.block_sparse_moe.experts.2.w2.weight"]
+    with pytest.raises(
+        ValueError, match=r"ffn_down_exps.weight has shape \(3, 64, 96\), but .* makes it \(2, 64, 96\)"
+    ):
+        verify_gguf(path, sources(weights))
+
+
 # Bad input, full disks, memory.
 
 
@@ -486,31 +542,45 @@ def test_failing_source_is_not_blamed_on_the_disk(tmp_path: Path, export: Callab
     assert list(tmp_path.iterdir()) == []
 
 
+@dataclass(frozen=True)
+class RandomSource:
+    """A tensor that is made when it is read."""
+
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        return np.random.default_rng(self.shape[0]).standard_normal(self.shape, np.float32)
+
+
+def peak_of_export(export: Callable[..., Path], config: dict[str, Any], file_type: str) -> tuple[int, int]:
+    """Bytes that are allocated at once, and those of the file."""
+    slots = Decoder(config_from_hf(config), np.float32).slots()
+    export(hf_config(), random_weights(hf_config()))  # imports what has to be imported
+    tracemalloc.start()
+    try:
+        path = export(config, {name: RandomSource(slot.shape) for name, slot in slots.items()}, file_type)
+        return tracemalloc.get_traced_memory()[1], path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("file_type", ["f32", "q8_0"])
 def test_memory_is_a_few_of_the_largest_tensors(file_type: str, export: Callable[..., Path]) -> None:
     """32 layers, 105 MB; the largest tensor (down_proj) has 1 MB, the chunk of the conversion 16 MB at most."""
-
-    class Random:
-        def __init__(self, shape: tuple[int, ...]) -> None:
-            self.shape = shape
-
-        def read(self) -> np.ndarray:
-            return np.random.default_rng(self.shape[0]).standard_normal(self.shape, np.float32)
-
     config = hf_config(hidden_size=256, intermediate_size=1024, num_hidden_layers=32, head_dim=16)
-    small = random_weights(config | {"num_hidden_layers": 1})
-    tensors = {name: Random(w.shape) for name, w in small.items() if ".layers." not in name}
-    for i in range(32):
-        for name, weight in small.items():
-            if ".layers." in name:
-                tensors[name.replace(".0.", f".{i}.")] = Random(weight.shape)
-    total = sum(int(np.prod(t.shape)) for t in tensors.values()) * 4
-    largest = max(int(np.prod(t.shape)) for t in tensors.values()) * 4
-    tracemalloc.start()
-    try:
-        path = export(config, tensors, file_type)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert total > 50 * largest and path.stat().st_size > total / 4
+    largest = 256 * 1024 * 4
+    peak, size = peak_of_export(export, config, file_type)
+    assert size > (100 if file_type == "f32" else 25) * largest
     assert peak < 14 * largest, f"{peak / 1e6:.1f} MB at the peak, the largest tensor has {largest / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize("file_type", ["f32", "q8_0"])
+def test_memory_is_one_linear_layer_of_all_experts(file_type: str, export: Callable[..., Path]) -> None:
+    """4 layers of 48 experts, 75 MB in float32; all of a layer's down projections have 6 MB."""
+    experts = MIXTRAL | {"num_local_experts": 48, "num_hidden_layers": 4}
+    config = hf_config(**experts, hidden_size=128, intermediate_size=256, head_dim=16)
+    stack = 48 * 128 * 256 * 4
+    peak, size = peak_of_export(export, config, file_type)
+    assert size > (12 if file_type == "f32" else 3) * stack
+    # One expert, and names and tokenizer, come on top.
+    assert peak < 1.5 * stack, f"{peak / 1e6:.1f} MB at the peak, a stack has {stack / 1e6:.1f} MB"

@@ -17,10 +17,11 @@ from lora_jax.model import CausalLM
 from lora_jax.step import sum_of_losses
 from tests import tiny
 
-FAMILIES = ["qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3-image", "phi3", "olmo2", "olmo3", "smollm3"]
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3-image", "phi3", "olmo2", "olmo3", "smollm3"]
 FAMILIES += ["granite", "mistral", "mistral-image"]
 MOE_FAMILIES = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek-v2", "deepseek-v3"]  # by moe_families.py
 FAMILIES += MOE_FAMILIES
+BALANCED = [name for name in MOE_FAMILIES if "deepseek" not in name]  # those whose class has a loss that balances
 COUNT = 4  # configurations of a family
 
 one_of_all = [
@@ -63,14 +64,18 @@ def test_logits_equal_transformers(written, family, seed):
         assert np.abs(got - want).max() < 1e-4
 
 
-def loss_and_gradients(model: CausalLM, batch: dict[str, np.ndarray]) -> tuple[float, int, dict[str, np.ndarray]]:
+def loss_and_gradients(
+    model: CausalLM, batch: dict[str, np.ndarray], **options
+) -> tuple[float, int, dict[str, np.ndarray]]:
     """Sum of the losses, number of label tokens, and the gradient of the sum under PEFT's names."""
     graph, lora, frozen = model.split()
     arrays = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
 
     @jax.jit
     def run(lora):
-        return jax.value_and_grad(lambda lora: sum_of_losses(graph, lora, frozen, arrays), has_aux=True)(lora)
+        return jax.value_and_grad(lambda lora: sum_of_losses(graph, lora, frozen, arrays, **options), has_aux=True)(
+            lora
+        )
 
     before = jax.tree.map(jnp.copy, lora)
     (loss, count), grads = run(lora)
@@ -94,6 +99,27 @@ def test_gradients_equal_peft(written, family, seed):
         assert np.linalg.norm(got[name] / count - tensor) <= 1e-4 * np.linalg.norm(tensor), name
         unused = ".experts." in name and not tensor.any()  # no token went to this expert
         assert unused or np.linalg.norm(tensor) > 1e-6, name
+
+
+@pytest.mark.oracle
+@pytest.mark.rotate
+@pytest.mark.parametrize(("family", "seed"), [(f, seed) for f in BALANCED for seed in range(COUNT)])
+def test_balancing_experts_equals_transformers(written, family, seed):
+    folder = written(family, seed)
+    arrays, balanced = np.load(folder / "arrays.npz"), np.load(folder / "balanced.npz")
+    model = load_adapter(tiny.open_model(folder / "model"), folder / "adapter")
+    batch = {name: arrays[name] for name in ("input_ids", "labels")} | {"attention_mask": balanced["attention_mask"]}
+    loss, count, got = loss_and_gradients(model, batch, router_aux_loss_coef=1.0)
+    assert loss / count == pytest.approx(float(balanced["loss"]), rel=1e-5)
+    assert loss / count > float(arrays["loss"]) + 1  # it is at least about k
+    want, without = load_file(folder / "balanced.safetensors"), load_file(folder / "grads.safetensors")
+    assert set(got) == set(want)
+    for name, tensor in want.items():
+        # Float32 sums over 90 tokens and up to six layers.
+        assert np.linalg.norm(got[name] / count - tensor) <= 1e-4 * np.linalg.norm(tensor), name
+    # Far more than the tolerance, where the loss reaches at all.
+    changes = [np.linalg.norm(want[n] - without[n]) / np.linalg.norm(want[n]) for n in want if ".0.self_attn." in n]
+    assert np.median(changes) > 1e-2
 
 
 @each_configuration

@@ -4,25 +4,30 @@ Whole families are compared with transformers and PEFT in test_families.py.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from lora_jax import get_peft_model
+from lora_jax import SFTConfig, SFTTrainer, get_peft_model
+from lora_jax.batches import BatchIterator, Example
 from lora_jax.export.peft import adapter_tensors, load_adapter, save_adapter
 from lora_jax.hf_checkpoint import Checkpoint, read_json
 from lora_jax.kernels.nf4 import NF4Weight, dequantize, quantize
 from lora_jax.models.decoder import Context, Decoder
 from lora_jax.models.linear import Linear, value
+from lora_jax.models.moe import RouterLoad
 from lora_jax.models.registry import config_from_hf
 from lora_jax.remat import PRESETS
-from lora_jax.step import sum_of_losses
+from lora_jax.step import sum_of_losses, train_step
 from tests import tiny
+from tests.models.test_published import DEEPSEEK_V3
 
 EXPERTS = 5
 MIXTRAL = {
@@ -265,8 +270,6 @@ def test_routers_are_adapted_only_by_name(folder):
 def test_what_adapters_cannot_be(folder):
     with pytest.raises(ValueError, match="all experts of a layer get an adapter or none"):
         get_peft_model(tiny.open_model(folder), target_modules=r".*experts\.[01]\.w1", verbose=False)
-    with pytest.raises(ValueError, match="lora_dropout on experts is not implemented"):
-        get_peft_model(tiny.open_model(folder), target_modules=["w1"], lora_dropout=0.1, verbose=False)
     with pytest.raises(ValueError, match="lora_dropout on gate is not implemented"):
         get_peft_model(tiny.open_model(folder), target_modules=["gate"], lora_dropout=0.1, verbose=False)
 
@@ -292,210 +295,132 @@ def test_no_plan_of_rematerialisation_changes_loss_or_gradients(folder):
             assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted), plan
 
 
-# ---- published models ---------------------------------------------------------------------------------------------
-
-MIXTRAL_8X7B = {
-    "architectures": ["MixtralForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "model_type": "mixtral",
-    "num_attention_heads": 32,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.02,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "vocab_size": 32000,
-}
-MIXTRAL_8X22B = {
-    **MIXTRAL_8X7B,
-    "hidden_size": 6144,
-    "intermediate_size": 16384,
-    "max_position_embeddings": 65536,
-    "num_attention_heads": 48,
-    "num_hidden_layers": 56,
-}
-QWEN_MOE_A27B = {
-    "architectures": ["Qwen2MoeForCausalLM"],
-    "decoder_sparse_step": 1,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "max_position_embeddings": 8192,
-    "max_window_layers": 21,
-    "model_type": "qwen2_moe",
-    "moe_intermediate_size": 1408,
-    "norm_topk_prob": False,
-    "num_attention_heads": 16,
-    "num_experts": 60,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 16,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "shared_expert_intermediate_size": 5632,
-    "sliding_window": 32768,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-QWEN3_30B_A3B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "attention_bias": False,
-    "decoder_sparse_step": 1,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-GPT_OSS_20B = {
-    "architectures": ["GptOssForCausalLM"],
-    "attention_bias": True,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 2880,
-    "initial_context_length": 4096,
-    "intermediate_size": 2880,
-    "layer_types": ["sliding_attention", "full_attention"] * 12,
-    "max_position_embeddings": 131072,
-    "model_type": "gpt_oss",
-    "num_attention_heads": 64,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 8,
-    "num_local_experts": 32,
-    "quantization_config": {"quant_method": "mxfp4"},
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-        "rope_type": "yarn",
-        "truncate": False,
-    },
-    "rope_theta": 150000,
-    "sliding_window": 128,
-    "swiglu_limit": 7.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 201088,
-}
-
-DEEPSEEK_V2_LITE = {
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "attention_bias": False,
-    "first_k_dense_replace": 1,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "model_type": "deepseek_v2",
-    "moe_intermediate_size": 1408,
-    "moe_layer_freq": 1,
-    "n_group": 1,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "norm_topk_prob": False,
-    "num_attention_heads": 16,
-    "num_experts_per_tok": 6,
-    "num_hidden_layers": 27,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.707,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
-    "rope_theta": 10000,
-    "routed_scaling_factor": 1.0,
-    "scoring_func": "softmax",
-    "tie_word_embeddings": False,
-    "topk_group": 1,
-    "topk_method": "greedy",
-    "v_head_dim": 128,
-    "vocab_size": 102400,
-}
-DEEPSEEK_V3 = {  # without the layer that predicts a further token
-    **DEEPSEEK_V2_LITE,
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "first_k_dense_replace": 3,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "rope_scaling": {**DEEPSEEK_V2_LITE["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 1.0},
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "vocab_size": 129280,
-}
+def test_dropout_of_experts_is_drawn_for_every_layer_and_linear_and_not_in_evaluation(folder):
+    model = get_peft_model(tiny.open_model(folder), r=4, target_modules=TARGETS, lora_dropout=0.5, verbose=False)
+    graph, lora, frozen = tiny.randomize_adapter(model).split()
+    batch = {name: jnp.asarray(tiny.ids(2, 13)) for name in ("input_ids", "labels")}
+    run = jax.jit(lambda key: sum_of_losses(graph, lora, frozen, batch, dropout_key=key)[0])
+    losses = [run(jax.random.key(seed)) for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    assert len({float(loss) for loss in [*losses, sum_of_losses(graph, lora, frozen, batch)[0]]}) == 3
 
 
-@pytest.mark.parametrize(
-    ("config", "parameters"),
-    [
-        (MIXTRAL_8X7B, 46_702_792_704),
-        (MIXTRAL_8X22B, 140_620_634_112),
-        (QWEN_MOE_A27B, 14_315_784_192),
-        (QWEN3_30B_A3B, 30_532_122_624),
-        (GPT_OSS_20B, 20_914_757_184),
-        (DEEPSEEK_V2_LITE, 15_706_484_224),
-        (DEEPSEEK_V3, 671_026_419_200),
-    ],
-    ids=[
-        "Mixtral-8x7B",
-        "Mixtral-8x22B",
-        "Qwen1.5-MoE-A2.7B",
-        "Qwen3-30B-A3B",
-        "gpt-oss-20b",
-        "DeepSeek-V2-Lite",
-        "DeepSeek-V3",
-    ],
-)
-def test_published_models_have_their_number_of_parameters(config, parameters):
-    """As the hub counts them in the safetensors."""
-    _, state = nnx.split(Decoder(config_from_hf(config), jnp.bfloat16))
-    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == parameters
+# ---- the loss that keeps experts evenly loaded ----------------------------------------------------------------------
+
+
+def balanced_case(folder, seed, rows=2, length=23):
+    """(graph, lora, frozen, batch with pads) of a model with adapters on attention and experts."""
+    model = tiny.randomize_adapter(get_peft_model(tiny.open_model(folder), r=4, verbose=False))
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 256, (rows, length))
+    mask = np.arange(length) < rng.integers(length // 2, length, (rows, 1))
+    labels = np.where(mask & (rng.random(ids.shape) < 0.7), ids, -100)
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return *model.split(), {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
+
+
+def sum_and_grads(graph, lora, frozen, batch, **options):
+    def f(lora):
+        return sum_of_losses(graph, lora, frozen, batch, **options)
+
+    return jax.jit(jax.value_and_grad(f, has_aux=True))(lora)
+
+
+def assert_close(got, want):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(g - w) <= 1e-5 * np.linalg.norm(w)  # float32 sums in another order
+
+
+def test_balancing_loss_of_even_and_uneven_loads():
+    even = RouterLoad(jnp.full(8, 30.0), jnp.full(8, 15.0), jnp.float32(120))  # k = 2
+    assert float(even.balancing_loss()) == pytest.approx(2)
+    one = jnp.zeros(8).at[3].set(120.0)
+    assert float(RouterLoad(one, one, jnp.float32(120)).balancing_loss()) == pytest.approx(8)
+    assert float(RouterLoad.none(8).balancing_loss()) == 0
+
+
+@pytest.mark.parametrize(("scan_layers", "remat"), [(True, "full"), (False, "selective")])
+def test_balancing_is_the_same_however_layers_run(folder, scan_layers, remat):
+    case = balanced_case(folder, 0)
+    want = sum_and_grads(*case, router_aux_loss_coef=0.5)
+    assert_close(sum_and_grads(*case, router_aux_loss_coef=0.5, remat=remat, scan_layers=scan_layers), want)
+    assert want[0][0] > sum_and_grads(*case)[0][0] + 0.5 * want[0][1]  # by half of at least about k for each label
+
+
+def test_balancing_counts_prompts_but_no_pads(folder):
+    graph, lora, frozen, batch = balanced_case(folder, 1)
+    want = sum_and_grads(graph, lora, frozen, batch, router_aux_loss_coef=0.5)
+    other = batch | {"input_ids": jnp.where(batch["attention_mask"] == 1, batch["input_ids"], 7)}
+    assert_close(sum_and_grads(graph, lora, frozen, other, router_aux_loss_coef=0.5), want)
+    del batch["attention_mask"]
+    everything = sum_and_grads(graph, lora, frozen, batch, router_aux_loss_coef=0.5)
+    assert abs(everything[0][0] - want[0][0]) > 1e-4 * want[0][0]
+
+
+def test_packed_rows_are_balanced_as_their_documents(folder):
+    graph, lora, frozen, batch = balanced_case(folder, 2, rows=3)
+    batch["labels"] = batch["labels"].at[:, 0].set(-100)
+    want = sum_and_grads(graph, lora, frozen, batch, router_aux_loss_coef=0.5)
+    lengths = np.asarray(batch["attention_mask"].sum(axis=1))
+    start = np.cumsum(lengths) - lengths
+    packed = {name: np.concatenate([batch[name][i, :n] for i, n in enumerate(lengths)]) for name in batch}
+    packed["positions"] = np.concatenate([np.arange(n) for n in lengths])
+    packed["segment_start"] = np.repeat(start, lengths)
+    packed = {name: jnp.asarray(array, jnp.int32)[None] for name, array in packed.items()}
+    assert_close(sum_and_grads(graph, lora, frozen, packed, router_aux_loss_coef=0.5), want)
+
+
+def test_micro_batches_are_balanced_each_and_weighted_by_their_labels(folder):
+    graph, lora, frozen, batch = balanced_case(folder, 3, rows=4)
+    optimizer = optax.sgd(1.0)
+    micro = jax.tree.map(lambda leaf: leaf.reshape(2, 2, -1), batch)
+    options = dict(graph=graph, optimizer=optimizer, router_aux_loss_coef=0.5)
+    new, _, metrics = jax.jit(functools.partial(train_step, **options))(lora, optimizer.init(lora), frozen, micro)
+    halves = [{name: array[i] for name, array in micro.items()} for i in range(2)]
+    parts = [sum_and_grads(graph, lora, frozen, half, router_aux_loss_coef=0.5) for half in halves]
+    assert parts[0][0][1] != parts[1][0][1]
+    count = sum(part[0][1] for part in parts)
+    assert metrics["num_label_tokens"] == count
+    assert float(metrics["loss"]) == pytest.approx(float(sum(part[0][0] for part in parts) / count), rel=1e-6)
+    want = jax.tree.map(lambda x, *grads: x - sum(grads) / count, lora, *(part[1] for part in parts))
+    assert_close(new, want)
+
+
+def test_trainer_balances_and_masks_pads(folder, tmp_path):
+    rows = [{"input_ids": tiny.ids(1, n, seed=n)[0].tolist()} for n in (9, 17, 30)]
+    losses = []
+    for coef in (None, 0.5):
+        model = get_peft_model(tiny.open_model(folder), r=4, verbose=False)
+        args = dict(output_dir=str(tmp_path / str(coef)), per_device_train_batch_size=3, max_steps=1, disable_tqdm=True)
+        trainer = SFTTrainer(model, SFTConfig(**args, router_aux_loss_coef=coef), train_dataset=rows)
+        batch = trainer._batches.batch(0)
+        losses.append(trainer.train().training_loss)
+    assert sorted(batch["attention_mask"][0].sum(axis=1)) == [9, 17, 30]
+    graph, lora, frozen = get_peft_model(tiny.open_model(folder), r=4, verbose=False).split()
+    loss, count = sum_of_losses(
+        graph, lora, frozen, {name: jnp.asarray(array[0]) for name, array in batch.items()}, router_aux_loss_coef=0.5
+    )
+    assert losses[1] == pytest.approx(float(loss / count), rel=1e-5)
+    assert losses[1] > losses[0] + 0.9
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_attention_mask_of_batches(packing):
+    examples = [Example(np.full(n, 7, np.int32), np.full(n, 7, np.int32)) for n in (5, 3, 9, 2, 8)]
+    batches = BatchIterator(examples, batch_size=2, packing=packing, max_length=10, attention_mask=True)
+    for step in range(batches.steps_per_epoch):
+        batch = batches.batch(step)
+        np.testing.assert_array_equal(batch["attention_mask"], batch["input_ids"] == 7)  # pads are 0
+
+
+def test_what_cannot_be_balanced(folder):
+    with pytest.raises(ValueError, match="router_aux_loss_coef=-1; wanted 0 or above"):
+        SFTConfig(router_aux_loss_coef=-1)
+    ids = jnp.asarray(tiny.ids(1, 5))
+    for config, error, message in (
+        (tiny.config(), ValueError, "LlamaForCausalLM has no experts"),
+        (DEEPSEEK_V3, NotImplementedError, "score experts by sigmoids"),
+    ):
+        model = Decoder(config_from_hf(config), jnp.float32)
+        with pytest.raises(error, match=message):
+            jax.eval_shape(lambda ids, model=model: model(ids, counted=ids)[0], ids)

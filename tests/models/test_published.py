@@ -1,10 +1,12 @@
-"""Published configurations, as their config.json has them: the model is built without arrays and counted."""
+"""Published configurations, as their config.json has them: the model is built without arrays, its tensors counted."""
 
+import json
 import math
 
 import jax.numpy as jnp
 import pytest
 
+from lora_jax.fused_experts import parts_of, renamed
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.registry import config_from_hf
 
@@ -34,17 +36,42 @@ SMOLLM3 = {
     "sliding_window": None,
     "use_sliding_window": False,
 }
+# ---- dense models -------------------------------------------------------------------------------------------------
+
 # (architecture, layers, hidden, intermediate, heads, heads of keys, vocabulary, longest row, more), parameters
-PUBLISHED = {
-    "Llama-3.1-8B": (
-        ("LlamaForCausalLM", 32, 4096, 14336, 32, 8, 128256, 131072),
-        {"rope_theta": 500000.0, "tie_word_embeddings": False},
-        8_030_261_248,
+LLAMA_3_1 = {
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+DENSE = {
+    "Llama-3.1-8B": (("LlamaForCausalLM", 32, 4096, 14336, 32, 8, 128256, 131072), LLAMA_3_1, 8_030_261_248),
+    "Llama-3.1-70B": (("LlamaForCausalLM", 80, 8192, 28672, 64, 8, 128256, 131072), LLAMA_3_1, 70_553_706_496),
+    "Yi-34B": (
+        ("LlamaForCausalLM", 60, 7168, 20480, 56, 8, 64000, 4096),
+        {"rope_theta": 5000000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+        34_388_917_248,
     ),
     "Yi-1.5-9B": (
         ("LlamaForCausalLM", 48, 4096, 11008, 32, 4, 64000, 4096),
         {"rope_theta": 5000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
         8_829_407_232,
+    ),
+    "Mistral-7B-v0.1": (
+        ("MistralForCausalLM", 32, 4096, 14336, 32, 8, 32000, 32768),
+        {"rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False},
+        7_241_732_096,
+    ),
+    "Mistral-7B-v0.3": (
+        ("MistralForCausalLM", 32, 4096, 14336, 32, 8, 32768, 32768),
+        {"rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False},
+        7_248_023_552,
     ),
     "Mistral-Nemo-2407": (
         ("MistralForCausalLM", 40, 5120, 14336, 32, 8, 131072, 131072),
@@ -130,31 +157,262 @@ NAMES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention
 NAMES += ("vocab_size", "max_position_embeddings")
 
 
-def number_of_parameters(config) -> int:
-    return sum(math.prod(slot.shape) for slot in Decoder(config, jnp.bfloat16).slots().values())
+# ---- mixtures of experts ------------------------------------------------------------------------------------------
+
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+MIXTRAL_8X22B = {
+    **MIXTRAL_8X7B,
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "max_position_embeddings": 65536,
+    "num_attention_heads": 48,
+    "num_hidden_layers": 56,
+}
+QWEN_MOE_A27B = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 8192,
+    "max_window_layers": 21,
+    "model_type": "qwen2_moe",
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "shared_expert_intermediate_size": 5632,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+GPT_OSS_20B = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "quantization_config": {"quant_method": "mxfp4"},
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+
+DEEPSEEK_V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+DEEPSEEK_V3 = {  # without the layer that predicts a further token
+    **DEEPSEEK_V2_LITE,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "rope_scaling": {**DEEPSEEK_V2_LITE["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 1.0},
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+}
+GPT_OSS_120B = {
+    **GPT_OSS_20B,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "num_hidden_layers": 36,
+    "num_local_experts": 128,
+}
+
+
+# ---- models that read images too, whose files leave out what is the class's default -------------------------------
+
+
+def gemma_3(**text):
+    text |= {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    text |= {"sliding_window": 1024}
+    return {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "vision_config": {}}
+
+
+GEMMA_3_4B = gemma_3(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34)
+GEMMA_3_27B = gemma_3(
+    hidden_size=5376,
+    intermediate_size=21504,
+    num_hidden_layers=62,
+    num_attention_heads=32,
+    num_key_value_heads=16,
+    head_dim=128,
+    query_pre_attn_scalar=168,
+)
+
+
+# Name -> (config.json, number of parameters as the hub counts them in the safetensors). Of Gemma 3 those of the text
+# part: 4,300,079,472 and 27,432,406,640 less the 416,866,032 of the vision tower and its projection, 1152 (D + 1).
+PUBLISHED = {
+    name: ({"architectures": [first], **dict(zip(NAMES, sizes, strict=True)), **more}, count)
+    for name, ((first, *sizes), more, count) in DENSE.items()
+}
+PUBLISHED |= {
+    "Mixtral-8x7B": (MIXTRAL_8X7B, 46_702_792_704),
+    "Mixtral-8x22B": (MIXTRAL_8X22B, 140_620_634_112),
+    "Qwen1.5-MoE-A2.7B": (QWEN_MOE_A27B, 14_315_784_192),
+    "Qwen3-30B-A3B": (QWEN3_30B_A3B, 30_532_122_624),
+    "gpt-oss-20b": (GPT_OSS_20B, 20_914_757_184),
+    "gpt-oss-120b": (GPT_OSS_120B, 116_829_156_672),
+    "DeepSeek-V2-Lite": (DEEPSEEK_V2_LITE, 15_706_484_224),
+    "DeepSeek-V3": (DEEPSEEK_V3, 671_026_419_200),
+    "gemma-3-4b": (GEMMA_3_4B, 4_300_079_472 - 416_866_032 - 1152 * 2561),
+    "gemma-3-27b": (GEMMA_3_27B, 27_432_406_640 - 416_866_032 - 1152 * 5377),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_number_of_parameters(name):
-    (architecture, *sizes), more, want = PUBLISHED[name]
-    config = config_from_hf({"architectures": [architecture], **dict(zip(NAMES, sizes, strict=True)), **more})
-    assert number_of_parameters(config) == want
+    config, want = PUBLISHED[name]
+    slots = Decoder(config_from_hf(config), jnp.bfloat16).slots()
+    assert sum(math.prod(slot.shape) for slot in slots.values()) == want
 
 
-def test_gemma_3_4b():
-    """Its file leaves out what is the class's default; the text part, of 4,300,079,472 with the vision tower."""
-    text = {
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 34,
-        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        "sliding_window": 1024,
-    }
-    config = config_from_hf(
-        {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "vision_config": {}}
-    )
-    assert number_of_parameters(config) == 3_880_263_168
+@pytest.mark.oracle
+def test_names_and_shapes_are_those_of_transformers(oracle, tmp_path):
+    """Every tensor of every model above, where transformers builds it without memory, and no other."""
+    configs = {name: config for name, (config, _) in PUBLISHED.items()}
+    (tmp_path / "in.json").write_text(json.dumps(configs))
+    oracle("hf_names.py", tmp_path / "in.json", tmp_path / "out.json")
+    by_transformers = json.loads((tmp_path / "out.json").read_text())
+    for name, hf in configs.items():
+        config = config_from_hf(hf)
+        own = (f"{config.hf_prefix}.", *(() if config.tie_embeddings else ("lm_head.",)))
+        shapes = {n: tuple(shape) for n, shape in by_transformers[name].items() if n.startswith(own)}
+        parts = parts_of(shapes, shapes.__getitem__, config.architecture)
+        of_experts = {part.whole for part in parts.values()}
+        want = {renamed(n, config.architecture): shape for n, shape in shapes.items() if n not in of_experts}
+        want |= {n: part.shape(shapes[part.whole]) for n, part in parts.items()}
+        assert {n: slot.shape for n, slot in Decoder(config, jnp.bfloat16).slots().items()} == want, name
+
+
+def test_what_gemma_3_4b_leaves_out():
+    config = config_from_hf(GEMMA_3_4B)
     assert config.windows == ((1024,) * 5 + (None,)) * 5 + (1024,) * 4
     assert (config.rope.theta, config.rope.kind, config.rope.factor) == (1e6, "linear", 8.0)
     assert (config.local_rope.theta, config.local_rope.kind) == (1e4, "default")

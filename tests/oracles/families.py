@@ -78,6 +78,12 @@ def rope(rng: Rng, *kinds: str, theta: float | None = None, **more) -> dict[str,
     return {"rope_type": kind, "rope_theta": theta or pick(rng, 1e4, 5e5), **numbers, **more}
 
 
+def llama(rng: Rng) -> dict[str, Any]:
+    """With every kind of rotation that does not depend on the length of the row, and sometimes biases."""
+    biases = {"attention_bias": pick(rng, True, False), "mlp_bias": pick(rng, True, False)}
+    return {**shape(rng, **biases), "rope_parameters": rope(rng, "default", "llama3", "linear", "yarn")}
+
+
 def qwen2(rng: Rng) -> dict[str, Any]:
     """With biases; a window from some layer on, or for the layers named, or not at all."""
     config = shape(rng, rope_parameters=rope(rng, "default", "yarn"))
@@ -210,6 +216,7 @@ def granite(rng: Rng) -> dict[str, Any]:
 # Name -> (class, configuration, names of the linear layers).
 IN_TEXT = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 FAMILIES: dict[str, tuple[str, Callable[[Rng], dict[str, Any]], list[str] | str]] = {
+    "llama": ("LlamaForCausalLM", llama, LINEARS),
     "qwen2": ("Qwen2ForCausalLM", qwen2, LINEARS),
     "qwen3": ("Qwen3ForCausalLM", qwen3, LINEARS),
     "gemma": ("GemmaForCausalLM", gemma, LINEARS),

@@ -3,6 +3,9 @@
 transformers keeps the experts of a layer in two tensors. For the adapter and its gradients they are taken apart into
 one torch.nn.Linear each, so that PEFT adapts them one by one, under the names of published checkpoints. The third
 of every four folders holds its weights as the class has them, the others as they are published.
+
+Where the class has a loss that balances the load of experts, balanced.npz ("attention_mask", and "loss": mean
+cross-entropy plus that loss) and balanced.safetensors (its gradients) are written, too.
 """
 # pyright: reportMissingImports=false
 
@@ -10,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import families
+import numpy as np
 import torch
 import transformers
-from families import LINEARS, Rng, pick, rope, shape
+from families import LENGTHS, LINEARS, Rng, pick, rope, shape
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -192,12 +197,33 @@ def save_fused(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def write_balanced(folder: Path, model_class: type) -> None:
+    """Write loss and gradients with the loss that balances the load of experts, at a coefficient of 1."""
+    model = model_class.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager").eval()
+    list_experts(model)
+    model = PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
+    arrays = np.load(folder / "arrays.npz")
+    ids, labels = (torch.tensor(arrays[name]) for name in ("input_ids", "labels"))
+    lengths = torch.tensor([LENGTHS[0], LENGTHS[0] - 17])
+    mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+    out = model(input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True)
+    logits = out.logits[:, :-1].flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100) + out.aux_loss
+    loss.backward()
+    np.savez(folder / "balanced.npz", loss=loss.detach().numpy(), attention_mask=mask.numpy())
+    grads = {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if p.requires_grad}
+    save_file(grads, folder / "balanced.safetensors")
+
+
 def write(folder: Path, family: str, seed: int) -> None:
     """Write everything about one configuration."""
     families.write(folder, family, seed, FAMILIES, list_experts)
+    if "deepseek" not in family:
+        write_balanced(folder, getattr(transformers, FAMILIES[family][0]))
     if family == "mixtral":
         rename(folder / "adapter" / "adapter_model.safetensors")
         rename(folder / "grads.safetensors")
+        rename(folder / "balanced.safetensors")
     if seed % 4 == 2 and family != "gpt-oss":
         save_fused(folder / "model")
 
