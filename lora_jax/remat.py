@@ -2,7 +2,7 @@
 
 Backward needs the intermediate values of every layer. Keeping all of them is fastest and takes the most memory; keeping
 none but each layer's input and computing the layer again takes the least. Between them lies a plan: for every group of
-consecutive layers, which named tensors are saved, moved to the host's memory, or computed again.
+consecutive layers, which named tensors are saved, kept in 8 bits, moved to the host's memory, or computed again.
 """
 
 import dataclasses
@@ -12,13 +12,17 @@ from typing import Any
 
 import jax
 
-__all__ = ["ACTIONS", "ALL", "NAMES", "PRESETS", "RematPlan"]
+from lora_jax.kernels.kept import Policy
+
+__all__ = ["ACTIONS", "ALL", "NAMES", "PRESETS", "QUANTIZABLE", "RematPlan"]
 
 # What `checkpoint_name` calls the tensors of a layer: in models/decoder.py, and in the kernels for what only they see.
 # Without its log-sum-exp a saved attention is of no use, the kernel would run again. "thin" are the products of
 # adapters' A with their inputs: a few numbers for each token, which take a pass over its whole input to make.
 NAMES = ("input", "q", "k", "v", "attention", "attention_lse", "residual", "gate", "up", "thin")
-ACTIONS = ("save", "recompute", "offload")
+# Not attention_lse, which an exponential function is taken of, nor thin, which is small and holds numbers of experts.
+QUANTIZABLE = tuple(name for name in NAMES if name not in ("attention_lse", "thin"))
+ACTIONS = ("save", "recompute", "offload", "save_quantized")
 ALL = "*"  # in place of a name: every value, named or not
 
 Actions = tuple[tuple[str, str], ...]  # (name, action) in the order of NAMES; what is not listed is computed again
@@ -32,17 +36,21 @@ class RematPlan:
     name is one of NAMES, the action one of:
 
     * "save": it stays in the device's memory from forward to backward;
+    * "save_quantized": it is kept in 8 bits, 53 % of the bytes of bfloat16, and backward reads the rounded tensor: the
+      loss stays as it is, gradients are a little off (lora_jax.tools.quantized_activations says by how much);
     * "offload": it is copied to the host's memory (pinned) and back; the device keeps one layer's copy;
     * "recompute": backward computes it again from what was kept. So it is with every name that is not listed.
 
-    "input", the layer's input, must be kept: it is saved unless offloaded. `{"*": "save"}` keeps every value that
-    backward needs, named or not, so that nothing is computed again; for a part of the layers it copies their weights.
+    "input", the layer's input, must be kept: it is saved unless the plan says otherwise. Whatever is computed again is
+    computed from it, so if it is rounded, so are they. `{"*": "save"}` keeps every value that backward needs, named or
+    not, so that nothing is computed again; for a part of the layers it copies their weights.
 
     With `mlp_rows` the feed-forward layers compute so many tokens at a time, so that the largest arrays of a long row
     exist in part only, and their weights are decoded for every part. It is for plans that recompute gate and up.
 
     Raises:
-      ValueError: an unknown name or action, or numbers of layers that make no sense.
+      ValueError: an unknown name or action, a name that is not kept in 8 bits (only QUANTIZABLE are), or numbers of
+        layers that make no sense.
     """
 
     groups: tuple[tuple[int | None, Actions | Mapping[str, str]], ...]
@@ -151,6 +159,10 @@ def _canonical(actions: Mapping[str, str]) -> Actions:
             raise ValueError(f"rematerialisation: {name!r} names no tensor of a layer; there are {', '.join(known)}")
         if action not in ACTIONS:
             raise ValueError(f"rematerialisation: {name}: {action!r} is unknown; there are {', '.join(ACTIONS)}")
+        if action == "save_quantized" and name not in QUANTIZABLE:
+            raise ValueError(
+                f"rematerialisation: {name!r} is not kept in 8 bits, only {', '.join(QUANTIZABLE)} are; save it"
+            )
     if ALL in actions:
         if dict(actions) != {ALL: "save"}:
             raise ValueError(f'rematerialisation: "{ALL}" goes alone and with "save" only, got {dict(actions)}')
@@ -166,7 +178,7 @@ def _in_words(where: str, actions: dict[str, str]) -> str:
         return f"{where}: save everything"
     parts = [
         f"{action} {' '.join(names)}"
-        for action in ("save", "offload")
+        for action in ("save", "save_quantized", "offload")
         if (names := [name for name, a in actions.items() if a == action])
     ]
     return f"{where}: {', '.join(parts)}"
@@ -175,13 +187,8 @@ def _in_words(where: str, actions: dict[str, str]) -> str:
 def _wrapper(actions: Mapping[str, str], scan: bool) -> Callable | None:
     if ALL in actions:
         return None
-    saved, offloaded = ([n for n, a in actions.items() if a == kind] for kind in ("save", "offload"))
-    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=saved,
-        names_which_can_be_offloaded=offloaded,
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
+    kinds = ("save", "offload", "save_quantized")
+    policy = Policy(*(frozenset(name for name, action in actions.items() if action == kind) for kind in kinds))
     # Inside a scan the compiler cannot merge the recomputation with the forward pass, so no barrier is needed.
     return functools.partial(jax.checkpoint, policy=policy, prevent_cse=not scan)
 

@@ -27,7 +27,7 @@ from lora_jax.models.moe import Router
 from lora_jax.models.registry import config_from_hf
 from lora_jax.optim import make_optimizer
 from lora_jax.plan import Workload, memory, seconds
-from lora_jax.remat import NAMES, PRESETS, RematPlan
+from lora_jax.remat import NAMES, PRESETS, QUANTIZABLE, RematPlan
 from lora_jax.step import PlannedStep, make_train_step, sum_of_losses
 from lora_jax.tools.bench_step import SHAPES
 from tests import tiny
@@ -125,6 +125,35 @@ def test_bytes_of_named_tensors_are_those_of_the_program(tmp_path):
             found[eqn.params["name"]] += aval.size * aval.dtype.itemsize
     want = plan.of_config(hf, LoraConfig(r=12), 2, 64).named_bytes(0)
     assert found == want
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "latent attention, shared experts"])
+def test_bytes_of_tensors_in_8_bits_are_those_of_the_program(name):
+    """Nothing is loaded."""
+    hf = tiny.config(**OTHERS.get(name, {}))
+    work = plan.of_config(hf, LoraConfig(target_modules="all-linear"), 2, 24, dtype="bfloat16")
+    actions = dict.fromkeys(QUANTIZABLE, "save_quantized")
+    graph, frozen = nnx.split(Decoder(config_from_hf(hf), jnp.bfloat16))
+    ids = jax.ShapeDtypeStruct((2, 24), jnp.int32)
+
+    def loss(embeddings, frozen, ids):
+        frozen["embed_tokens"]["weight"] = frozen["embed_tokens"]["weight"].replace(embeddings)
+        return sum_of_losses(
+            graph, nnx.State({}), frozen, {"input_ids": ids, "labels": ids}, remat=RematPlan(((None, actions),))
+        )[0]
+
+    found = dict.fromkeys(NAMES, 0)
+    embeddings = frozen["embed_tokens"]["weight"].get_value()
+    for eqn in equations(jax.make_jaxpr(jax.grad(loss))(embeddings, frozen, ids).jaxpr):
+        if eqn.primitive.name == "encode_kept":
+            avals: list[Any] = [var.aval for var in eqn.outvars[1:]]
+            found[eqn.params["name"]] += sum(aval.size * aval.dtype.itemsize for aval in avals)
+    want = dict.fromkeys(NAMES, 0)
+    for stack in Decoder(work.config, jnp.bfloat16).layers:  # each is traced once
+        for tensor, size in work.kept_bytes(stack.first, actions).items():
+            want[tensor] += size
+    # Blocks of a shared expert, which is wider, are counted as those of the others: 1 scale of 40 codes or of 80.
+    assert found == pytest.approx(want, rel=0.01 if "shared" in name else 0)
 
 
 OTHERS = {
@@ -279,6 +308,33 @@ def test_more_memory_never_makes_the_choice_slower():
     )
 
 
+def test_tensors_are_kept_in_8_bits_only_if_that_is_allowed():
+    work, last = eight_b(), math.inf
+    faster = 0
+    for budget in range(8 * GIB, 26 * GIB, GIB):
+        chosen = plan.choose(work, H100, budget)
+        assert "save_quantized" not in str(chosen)
+        allowed = plan.choose(work, H100, budget, quantized_activations=True)
+        assert memory(work, allowed, H100).total <= budget
+        exact, now = (sum(seconds(work, one, H100).values()) for one in (chosen, allowed))
+        assert now <= exact
+        assert now <= last * (1 + 1e-9)
+        assert (allowed == chosen) == (now == exact)
+        faster += now < 0.98 * exact
+        last = now
+    assert faster >= 3
+    assert plan.choose(work, H100, 80 * GIB, quantized_activations=True) == PRESETS["none"]
+    # Where layers' inputs are too many, half of their bytes may do, without copies to the host.
+    full, half = (
+        memory(work, one, H100).total
+        for one in (PRESETS["full"], RematPlan(((None, {"input": "save_quantized", "thin": "save"}),)))
+    )
+    assert full - half == 32 * 4096 * 4096 * (2 - 1 - 2 / 32)  # layers, tokens, features, bytes
+    chosen = plan.choose(work, H100, (full + half) // 2, quantized_activations=True)
+    assert "save_quantized input" in str(chosen)
+    assert not chosen.offloads
+
+
 def test_a_loop_that_is_asked_for_is_planned():
     work = eight_b()
     loop = dataclasses.replace(work, scan_layers=True)
@@ -394,6 +450,10 @@ def test_auto_needs_to_know_the_memory(model):
         make_train_step(model, optax.sgd(1.0), remat="full", memory_budget="8GB")
     with pytest.raises(ValueError, match="memory_budget='8GB' does nothing"):
         SFTConfig(memory_budget="8GB")
+    with pytest.raises(ValueError, match='quantized_activations is for remat="auto"'):
+        make_train_step(model, optax.sgd(1.0), remat="full", quantized_activations=True)
+    with pytest.raises(ValueError, match="give a plan with save_quantized"):
+        SFTConfig(quantized_activations=True)
 
 
 def test_the_trainer_plans(model, tmp_path, capsys):

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.kernels.attention import cudnn, xla
 from lora_jax.kernels.dispatch import on_gpu, resolve
+from lora_jax.kernels.kept import named
 
 __all__ = ["flash_attention"]
 
@@ -80,7 +81,7 @@ def flash_attention(
         out = xla.attention(
             q, k, v, segment_start, query_offset, window=window, softcap=softcap, scale=factor, sinks=sinks
         )
-        return checkpoint_name(out, "attention")
+        return named(out, "attention")
     static = query_offset if isinstance(query_offset, int) else None
     options = _Options(chosen, window, softcap, factor, static)
     return _fused(q, k, v, segment_start, query_offset if static is None else None, sinks, options)
@@ -138,7 +139,7 @@ def _fused_fwd(q, k, v, segment_start, query_offset, sinks, options: _Options):
     # Without the barrier XLA of jax 0.11 runs the kernel twice where a loop over layers keeps `out`: once for what
     # follows, and once more to write `out` where it is kept without a copy.
     out = jax.lax.optimization_barrier(out)
-    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention_lse")
+    out, lse = named(out, "attention"), checkpoint_name(lse, "attention_lse")
     return out, (q, k, v, segment_start, query_offset, sinks, out, lse)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.kernels.dispatch import resolve
+from lora_jax.kernels.kept import named
 from lora_jax.kernels.nf4.shared_input import Projection, lora_matmuls, preference, project
 
 __all__ = ["ACTIVATIONS", "Projection", "lora_mlp"]
@@ -47,7 +48,7 @@ def lora_mlp(
     supported = {"xla": None, "triton": lambda: _why_not(rows, gate, up, down, activation)}
     if resolve("lora_mlp", implementation, supported, preference(rows, (gate, up))) == "xla":
         g, u = lora_matmuls(x, (gate, up))
-        g, u = checkpoint_name(g, "gate"), checkpoint_name(u, "up")
+        g, u = named(g, "gate"), named(u, "up")
         return project(ACTIVATIONS[activation](g) * u, down)
     scales = tuple(float(p.scale) for p in (gate, up, down))
     factors = tuple((p.a, p.b) for p in (gate, up, down))
@@ -96,7 +97,7 @@ def _mlp_fwd(x, weights, factors, scales):
     both, down = _adapters(weights, factors, scales, x.dtype)
     f = weights[0].shape[0]
     (g, u), thin_x = triton_shared.forward(x, weights[:2], both)
-    g, u = checkpoint_name(g, "gate"), checkpoint_name(u, "up")
+    g, u = named(g, "gate"), named(u, "up")
     h = triton_mlp.forward(g, u, down.a)
     y = dot_t(h, triton.dequantize(weights[2], beside=down.b[0]))
     thin_x, thin_h = (checkpoint_name(t, "thin") for t in (thin_x, h[:, f : f + down.a.shape[1]]))
