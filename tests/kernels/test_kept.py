@@ -62,8 +62,9 @@ def test_a_layer_goes_on_with_the_tensor_and_backward_with_the_rounded_one():
     assert np.array_equal(y, jax.jit(f)(x, w))
     dx, dw = pull(jnp.ones_like(y))
     rounded = dequantize(*quantize(jnp.sin(3 * x)), jnp.float32)
-    # sin may differ in its last bit between programs, and moves a code to its neighbour where it is on the edge.
-    assert np.mean(np.asarray(dw) == np.asarray(rounded)) > 0.99
+    # sin may differ in its last bit between programs, and moves a code to its neighbour where it is on the edge. A
+    # scale on the edge moves its whole block, one of 15: it did so on an H100.
+    assert np.mean(np.asarray(dw) == np.asarray(rounded)) > 0.8
     assert np.abs(dw - rounded).max() <= 1.1 / 127
     assert np.abs(dx - 3 * jnp.cos(3 * x) * w).max() < 1e-5
 
