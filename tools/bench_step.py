@@ -1,6 +1,7 @@
 """Speed and memory of whole training steps of real model shapes, with random NF4 weights.
 
     python -m lora_jax.tools.bench_step --cases 2x2048 4x2048 --remat full selective --out results.json
+    python -m lora_jax.tools.bench_step --optim adamw_8bit --checkpoint /tmp/random-8b --peers unsloth peft
 
 Every case runs in a process of its own, since a device's peak of memory is never reset. A case reports the median
 time of a step over several runs of steps that follow each other without a wait, tokens/s (all tokens of the batch
@@ -13,6 +14,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import time
@@ -26,7 +28,31 @@ SHAPES: dict[str, dict[str, Any]] = {
                         num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072),
     "llama3.1-8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                         num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072),
+    "mistral-7b": dict(architectures=["MistralForCausalLM"], hidden_size=4096, intermediate_size=14336,
+                       num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=32768,
+                       max_position_embeddings=32768, sliding_window=None, rope_theta=1e6),
+    "qwen3-8b": dict(architectures=["Qwen3ForCausalLM"], hidden_size=4096, intermediate_size=12288,
+                     num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+                     vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6, rope_theta=1e6),
+    "qwen3-14b": dict(architectures=["Qwen3ForCausalLM"], hidden_size=5120, intermediate_size=17408,
+                      num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=8, head_dim=128,
+                      vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6, rope_theta=1e6),
 }  # fmt: skip
+
+
+def hf_config(shape: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a shape."""
+    architecture = shape.get("architectures", ["LlamaForCausalLM"])
+    model_type = architecture[0].removesuffix("ForCausalLM").lower()
+    common = {"architectures": architecture, "model_type": model_type, "hidden_act": "silu", "rms_norm_eps": 1e-5}
+    return {**common, "rope_theta": 500000.0, "tie_word_embeddings": False, **shape}
+
+
+def token_ids(batch: int, length: int, vocabulary: int):
+    """Random tokens, int64 [B, T], the same for every implementation."""
+    import numpy as np
+
+    return np.random.default_rng(1).integers(0, vocabulary, (batch, length))
 
 
 def random_model(shape: dict[str, Any], *, nf4: bool = True):
@@ -40,7 +66,7 @@ def random_model(shape: dict[str, Any], *, nf4: bool = True):
     from lora_jax.models.linear import RMSNorm
     from lora_jax.models.registry import config_from_hf
 
-    hf = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "rope_theta": 500000.0, **shape}
+    hf = hf_config(shape)
     module = Decoder(config_from_hf(hf), jnp.bfloat16)
     key = jax.random.key(0)
 
@@ -80,7 +106,10 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
 
     batch, length = map(int, args.case.split("x"))
     shape = SHAPES[args.model]
-    model = random_model(shape, nf4=not args.bf16)
+    if args.checkpoint:
+        model, _ = lora_jax.from_pretrained(args.checkpoint, progress=False)
+    else:
+        model = random_model(shape, nf4=not args.bf16)
     lora_jax.get_peft_model(model, r=args.rank, verbose=False)
     if args.offload_embedding:
         model.offload_embedding()
@@ -92,8 +121,8 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     )
     _, lora, frozen = model.split()
     opt_state = optimizer.init(lora)
-    ids = jax.random.randint(jax.random.key(1), (1, batch, length), 0, shape["vocab_size"])
-    data = model.with_embeddings({"input_ids": np.asarray(ids), "labels": np.asarray(ids)})
+    ids = token_ids(batch, length, shape["vocab_size"]).astype(np.int32)[None]
+    data = model.with_embeddings({"input_ids": ids, "labels": ids})
     arguments = (lora, opt_state, frozen, data)
     start = time.perf_counter()
     with using(**dict(pair.split("=") for pair in args.use)):
@@ -120,6 +149,7 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     seconds = float(np.median(times[args.warmup :]))
     stats = jax.devices()[0].memory_stats() or {}
     return {
+        "implementation": "lora-jax",
         "model": args.model,
         "case": args.case,
         "remat": args.remat_one,
@@ -167,6 +197,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["2x2048"], help="BATCHxTOKENS ...")
     parser.add_argument("--remat", nargs="+", default=["full"], help="presets of lora_jax.remat, or auto")
     parser.add_argument("--memory-budget", help="for auto, such as 12GB; else all that JAX may take")
+    parser.add_argument("--checkpoint", help="folder of the model instead of random weights; peers write it themselves")
+    parser.add_argument("--peers", nargs="*", choices=["unsloth", "peft"], default=[], help="measured first")
+    parser.add_argument("--peers-path", help="folder that stands first on the peers' PYTHONPATH")
     parser.add_argument("--bf16", action="store_true", help="16-bit base weights instead of NF4")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--optim", default="adamw_torch", help="as in SFTConfig")
@@ -188,28 +221,48 @@ def main() -> None:
     if args.case:
         print("RESULT " + json.dumps({**run_case(args), "environment": environment()}))
         return
+    if args.peers and not args.checkpoint:
+        parser.error("--peers wants --checkpoint FOLDER, the weights that all load; it is written if it is not there")
     results = []
     for case in args.cases:
+        for peer in args.peers:
+            results.append(_measured(args, case, peer, _peer_command(args, case, peer), args.peers_path))
         for remat in args.remat:
             command = [sys.executable, "-m", "lora_jax.tools.bench_step", *sys.argv[1:], "--case", case]
-            done = subprocess.run([*command, "--remat-one", remat], capture_output=True, text=True)
-            line = next((row for row in done.stdout.splitlines() if row.startswith("RESULT ")), None)
-            if args.trace:
-                print(done.stderr, file=sys.stderr)
-            if line is None:
-                error = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
-                result = {"model": args.model, "case": case, "remat": remat, "error": error}
-                print(f"{args.model} {case} {remat}: {error}", flush=True)
-            else:
-                result = json.loads(line.removeprefix("RESULT "))
-                print(
-                    f"{args.model} {case} {remat}: {result['ms']:.1f} ms, {result['tokens_per_s']:,.0f} tokens/s, "
-                    f"peak {result['peak_gib']:.2f} GiB, compile {result['compile_s']:.0f} s",
-                    flush=True,
-                )
-            results.append(result)
+            results.append(_measured(args, case, remat, [*command, "--remat-one", remat]))
     if args.out:
         args.out.write_text(json.dumps({"tool": "tools/bench_step.py", "results": results}, indent=1) + "\n")
+
+
+def _peer_command(args: argparse.Namespace, case: str, peer: str) -> list[str]:
+    names = ("checkpoint", "model", "rank", "optim", "warmup", "steps", "runs")
+    options = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
+    return [sys.executable, "-m", "lora_jax.tools.bench_step_torch", peer, "--case", case, *options]
+
+
+def _measured(
+    args: argparse.Namespace, case: str, label: str, command: list[str], path: str | None = None
+) -> dict[str, Any]:
+    """Runs a case in a process of its own, `path` first on its PYTHONPATH, and prints how it went."""
+    environment = dict(os.environ)
+    if path:
+        environment["PYTHONPATH"] = os.pathsep.join([path, *filter(None, [environment.get("PYTHONPATH")])])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    line = next((row for row in done.stdout.splitlines() if row.startswith("RESULT ")), None)
+    if args.trace:
+        print(done.stderr, file=sys.stderr)
+    if line is None:
+        error = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
+        print(f"{args.model} {case} {label}: {error}", flush=True)
+        return {"model": args.model, "case": case, "remat": label, "error": error}
+    result = json.loads(line.removeprefix("RESULT "))
+    print(
+        f"{args.model} {case} {label}: {result['ms']:.1f} ms, {result['tokens_per_s']:,.0f} tokens/s, "
+        f"peak {result['peak_gib']:.2f} GiB, first step {result['first_step_s']:.0f} s, first loss "
+        f"{result['losses'][0]:.4f}",
+        flush=True,
+    )
+    return result
 
 
 if __name__ == "__main__":
