@@ -1,13 +1,17 @@
 """LoRA and QLoRA fine-tuning of large language models in JAX.
 
 Importing this package starts no JAX backend and imports neither flax nor transformers, so that memory settings can
-still be made afterwards. The public names below are loaded at their first use.
+still be made afterwards. The public names below are loaded at their first use; so is a class for each architecture of
+`models.registry`, under transformers' name for it (`LlamaForCausalLM`).
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora_jax.models.registry import ARCHITECTURES as _ARCHITECTURES
+
 if TYPE_CHECKING:
+    from lora_jax.auto import AutoModelForCausalLM
     from lora_jax.config import SFTConfig
     from lora_jax.export.peft import load_adapter
     from lora_jax.generation import generate, generate_text
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from lora_jax.trainer import SFTTrainer
 
 _MODULE_OF_NAME = {
+    "AutoModelForCausalLM": "lora_jax.auto",
     "CausalLM": "lora_jax.model",
     "LoraConfig": "lora_jax.lora",
     "SFTConfig": "lora_jax.config",
@@ -30,9 +35,11 @@ _MODULE_OF_NAME = {
     "make_eval_step": "lora_jax.step",
     "make_train_step": "lora_jax.step",
     "train_step": "lora_jax.step",
+    **dict.fromkeys(_ARCHITECTURES, "lora_jax.auto"),
 }
 
 __all__ = [
+    "AutoModelForCausalLM",
     "CausalLM",
     "LoraConfig",
     "SFTConfig",
@@ -54,13 +61,13 @@ def __getattr__(name: str) -> Any:
     elif name in _MODULE_OF_NAME:
         value = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
     else:
-        raise AttributeError(f"module 'lora_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(f"module 'lora_jax' has no attribute {name!r}; it has {', '.join(_MODULE_OF_NAME)}")
     globals()[name] = value  # the next access does not come here
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, "__version__"])
+    return sorted([*globals(), *_MODULE_OF_NAME, "__version__"])
 
 
 def _version() -> str:

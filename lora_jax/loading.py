@@ -21,7 +21,7 @@ from lora_jax.models.moe import Router
 from lora_jax.models.registry import config_from_hf
 from lora_jax.reporting import console
 
-__all__ = ["from_pretrained", "load_decoder", "load_tokenizer"]
+__all__ = ["from_pretrained", "load", "load_decoder", "load_tokenizer"]
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Tensors that old checkpoints hold and that follow from config.json.
@@ -64,17 +64,63 @@ def from_pretrained(
       ValueError: a file is damaged, the architecture is unknown, or the tensors contradict config.json.
       MemoryError: the weights do not fit on the device.
     """
+    return load(
+        model_name,
+        load_in_4bit=load_in_4bit,
+        double_quantize=double_quantize,
+        dtype=dtype,
+        max_seq_length=max_seq_length,
+        offload_embedding=offload_embedding,
+        revision=revision,
+        token=token,
+        progress=progress,
+    )
+
+
+def load(
+    model_name: str | Path,
+    *,
+    architecture: str | None = None,
+    with_tokenizer: bool = True,
+    load_in_4bit: bool,
+    double_quantize: bool,
+    dtype: DTypeLike | None,
+    max_seq_length: int | None,
+    offload_embedding: bool,
+    revision: str | None,
+    token: str | bool | None,
+    progress: bool,
+) -> tuple[CausalLM, Any]:
+    """What `from_pretrained` does, for one architecture alone if it is named, and without the tokenizer (None) too.
+
+    Raises:
+      ValueError: the model, or the base of the adapter, is of another architecture; or as `from_pretrained`.
+    """
     folder = resolve_folder(model_name, revision=revision, token=token)
     if (folder / "adapter_config.json").exists():
         from lora_jax.export.peft import base_of_adapter, load_adapter
 
-        base = base_of_adapter(folder)
-        options = {"load_in_4bit": load_in_4bit, "double_quantize": double_quantize, "dtype": dtype, "token": token}
-        options["offload_embedding"] = offload_embedding
-        model, tokenizer = from_pretrained(base, max_seq_length=max_seq_length, progress=progress, **options)
+        model, tokenizer = load(
+            base_of_adapter(folder),
+            architecture=architecture,
+            with_tokenizer=with_tokenizer,
+            load_in_4bit=load_in_4bit,
+            double_quantize=double_quantize,
+            dtype=dtype,
+            max_seq_length=max_seq_length,
+            offload_embedding=offload_embedding,
+            revision=None,  # that of the adapter's repository
+            token=token,
+            progress=progress,
+        )
         return load_adapter(model, folder), tokenizer
     hf_config = read_json(folder / "config.json")
     config = config_from_hf(hf_config)
+    if architecture is not None and config.architecture != architecture:
+        raise ValueError(
+            f"{architecture}.from_pretrained: {folder} holds a {config.architecture}; load it with "
+            f"lora_jax.{config.architecture}, or with lora_jax.AutoModelForCausalLM, which reads every architecture"
+        )
     if max_seq_length is not None and max_seq_length < 1:
         raise ValueError(
             f"max_seq_length must be at least 1, got {max_seq_length}; None is for the model's own maximum"
@@ -88,7 +134,7 @@ def from_pretrained(
         raise ValueError(
             f"offload_embedding=True: the head of {folder} is its embedding table, which the loss needs on the device"
         )
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder) if with_tokenizer else None
     checkpoint = Checkpoint(folder)
     stored = hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16"
     stored = "bfloat16" if stored == "float16" else stored  # the range of float16 is too small to train in

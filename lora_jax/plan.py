@@ -604,6 +604,8 @@ def explain(work: Workload, card: Card, budget: int, plan: RematPlan | None = No
     )
     if plan is not None and _fits(work, card, budget, None):
         return f'{text} With remat="auto" they fit.'
+    if (without := _without_table(work)) is not None and _fits(without, card, budget, plan):
+        return f"{text} With offload_embedding=True they fit."
     if rows := largest(work, card, budget, plan, "batch"):
         return f"{text} {rows} rows of this length fit."
     one = dataclasses.replace(work, batch=1)
@@ -612,6 +614,14 @@ def explain(work: Workload, card: Card, budget: int, plan: RematPlan | None = No
     if work.nf4:
         return f"{text} Not even one short row fits: take a smaller model or a larger GPU."
     return f"{text} Not even one short row fits: load_in_4bit=True needs about a quarter of the memory for weights."
+
+
+def _without_table(work: Workload) -> Workload | None:
+    """The step with the embedding table in the host's memory; None if it is there, or is the head too."""
+    if work.offload_embedding or work.config.tie_embeddings:
+        return None
+    table = work.config.vocab_size * work.config.hidden_size * work.itemsize
+    return dataclasses.replace(work, weights=work.weights - table, offload_embedding=True)
 
 
 def refuse_what_cannot_fit(

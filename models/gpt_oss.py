@@ -31,7 +31,6 @@ DEFAULTS = {
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "rope_theta": 150000.0,
-    "rope_scaling": YARN,
     "sliding_window": 128,
     "num_local_experts": 128,
     "num_experts_per_tok": 4,
@@ -44,6 +43,8 @@ DEFAULTS = {
 def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """Reads config.json; absent fields have the defaults of transformers' GptOssConfig. Raises ValueError."""
     hf = {**DEFAULTS, **hf}
+    if hf.get("rope_parameters") is None and not hf.get("rope_scaling"):
+        hf["rope_scaling"] = YARN  # null is as good as absent for the class; "default" is no scaling
     layers = required(hf, "num_hidden_layers")
     moe = MoEConfig(
         num_experts=required(hf, "num_local_experts"),

@@ -20,7 +20,9 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     shared = {"norms": "post", "qk_norm": "projection", "mlp_bias": False}
     if hf["architectures"][0] == "Olmo2ForCausalLM":
         return decoder_config(hf, **shared)
-    rope, local_rope = ropes_from_hf(hf, 500000.0, hf.get("rope_theta") or 500000.0)
+    # As in transformers' Olmo3Config: the `rope_theta` of hub files is that of the layers that see everything; those
+    # with a window keep 500000, unless `rope_parameters` name theirs.
+    rope, local_rope = ropes_from_hf(hf, hf.get("rope_theta") or 500000.0, 500000.0)
     sliding = [(i + 1) % 4 > 0 for i in range(required(hf, "num_hidden_layers"))]
     windows = windows_from_hf(hf, hf.get("sliding_window", 4096), sliding)
     return decoder_config(hf, **shared, rope=rope, local_rope=local_rope, windows=windows)

@@ -1,9 +1,10 @@
 """Which file reads which checkpoint."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_jax.models.decoder import DecoderConfig
+if TYPE_CHECKING:  # lora_jax/__init__.py reads the names below, and must not import JAX
+    from lora_jax.models.decoder import DecoderConfig
 
 __all__ = ["ARCHITECTURES", "config_from_hf"]
 
@@ -32,7 +33,7 @@ ARCHITECTURES = {
 }
 
 
-def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
+def config_from_hf(hf: dict[str, Any]) -> "DecoderConfig":
     """The decoder's configuration of a parsed config.json.
 
     Raises:

@@ -389,6 +389,11 @@ def test_what_does_not_fit_says_what_would():
     with pytest.raises(MemoryError, match="load_in_4bit=True needs about a quarter"):
         plan.choose(eight_b(load_in_4bit=False), H100, 12 * GIB)
     assert 'With remat="auto" they fit' in plan.explain(eight_b(), H100, 12 * GIB, PRESETS["selective"])
+    tight = int(6.7 * GIB)
+    with pytest.raises(MemoryError, match="With offload_embedding=True they fit"):
+        plan.choose(eight_b(), H100, tight)
+    moved = plan.choose(eight_b(offload_embedding=True), H100, tight)
+    assert memory(eight_b(offload_embedding=True), moved, H100).total <= tight
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)

@@ -64,6 +64,28 @@ def test_two_forms_of_two_rotations():
     assert (default.rope.theta, default.local_rope.theta) == (1e6, 1e4)
     olmo = read("Olmo3ForCausalLM", rope_theta=5e5, rope_scaling=YARN)
     assert (olmo.rope.kind, olmo.local_rope.kind, olmo.local_rope.theta) == ("yarn", "default", 5e5)
+    own = {"full_attention": {"rope_theta": 2e4}, "sliding_attention": {"rope_theta": 3e4}}
+    for fields, theta, local_theta in (
+        ({}, 5e5, 5e5),
+        ({"rope_theta": 2e4}, 2e4, 5e5),  # of hub files: the layers with a window keep 5e5
+        ({"rope_theta": 2e4, "rope_scaling": YARN}, 2e4, 5e5),
+        ({"rope_theta": 2e4, "rope_parameters": {"sliding_attention": own["sliding_attention"]}}, 2e4, 3e4),
+        ({"rope_theta": 4e4, "rope_parameters": own}, 2e4, 3e4),
+    ):
+        olmo = read("Olmo3ForCausalLM", **fields)
+        assert (olmo.rope.theta, olmo.local_rope.theta, olmo.local_rope.kind) == (theta, local_theta, "default")
+
+
+def test_scaling_of_gpt_oss_that_no_file_names():
+    """null, as absent, is the class's own; only "default" is none."""
+    for fields in ({}, {"rope_scaling": None}, {"rope_parameters": None}, {"rope_scaling": {}}):
+        rope = read("GptOssForCausalLM", num_local_experts=4, num_experts_per_tok=2, rope_theta=2e4, **fields).rope
+        assert (rope.kind, rope.factor, rope.original_max_position, rope.truncate) == ("yarn", 32.0, 4096, False), (
+            fields
+        )
+        assert rope.theta == 2e4
+    for name in ("rope_scaling", "rope_parameters"):
+        assert read("GptOssForCausalLM", **{name: {"rope_type": "default"}}).rope.kind == "default"
 
 
 def test_forms_of_longrope():

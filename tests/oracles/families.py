@@ -183,8 +183,8 @@ def olmo2(rng: Rng) -> dict[str, Any]:
 
 
 def olmo3(rng: Rng) -> dict[str, Any]:
-    """With a window in three of four layers."""
-    both = {"full_attention": rope(rng, "default", "yarn", theta=5e5)}
+    """With a window in three of four layers, whose rotation has a base of its own (5e5 where no file says it)."""
+    both = {"full_attention": rope(rng, "default", "yarn", theta=2e4)}
     both["sliding_attention"] = rope(rng, "default", theta=5e5)
     return {**shape(rng), "num_hidden_layers": pick(rng, 4, 5), "sliding_window": 7, "rope_parameters": both}
 
@@ -268,7 +268,8 @@ def write_classic_config(folder: Path, given: dict[str, Any]) -> None:
     text, given = config.get("text_config", config), given.get("text_config", given)
     scaling = text.pop("rope_parameters")
     if "sliding_attention" in scaling:
-        text["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
+        if "gemma3" in text["model_type"]:
+            text["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
         scaling = scaling["full_attention"]
     text["rope_theta"] = scaling.pop("rope_theta")
     text["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling

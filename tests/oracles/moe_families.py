@@ -67,7 +67,7 @@ def gpt_oss(rng: Rng) -> dict[str, Any]:
         **config,
         **pick(rng, {}, named),
         "head_dim": pick(rng, 16, 24),
-        "rope_parameters": rope(rng, "default", "yarn", "yarn", truncate=False),
+        "rope_parameters": rope(rng, "yarn", "default", "yarn", truncate=False),
         "num_local_experts": pick(rng, 4, 6),
         "num_experts_per_tok": pick(rng, 2, 3),
         "sliding_window": pick(rng, 5, 12),
