@@ -1,16 +1,21 @@
 """Which tokens are trained on, for chat templates of every habit; all expectations are written out as text."""
 
+import base64
 import json
 import random
+import subprocess
+import sys
+import zipfile
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_jax.chat import IGNORE, ChatRenderer, Encoder, preview, preview_plain
 from lora_jax.data import tokenize_rows
+from lora_jax.tools.smollm2 import default_cache_dir
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. What is the answer? The answer is Paris, of course.",
@@ -41,6 +46,17 @@ GENERATION = (
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As Yi 1.5's: the system prompt stands bare, and the header of the answer belongs to the user's turn.
+YI = (
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<|im_start|>user\n' + m['content'] + '<|im_end|>\n<|im_start|>assistant\n' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + '<|im_end|>' }}{{ '\n' }}{% endif %}{% endfor %}"
+)
+# As Mistral Nemo's.
+TEKKEN = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 _STRIP_EARLIER = (
     "{% set last = messages | length - 1 %}{% for m in messages %}{% set c = m['content'] %}"
@@ -374,6 +390,106 @@ def test_generation_blocks_agree_with_transformers_own_mask():
     (example,) = examples_of(tokenizer, CONVERSATION)
     theirs = tokenizer.apply_chat_template(CONVERSATION, return_assistant_tokens_mask=True, return_dict=True)
     assert (example.labels != IGNORE).astype(int).tolist() == theirs["assistant_masks"]
+
+
+def yi(make) -> Any:
+    """A small tokenizer of either kind; Yi's own is sentencepiece with ChatML's tokens added, and adds no BOS."""
+    tokenizer = make()
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = YI
+    return tokenizer
+
+
+def assert_tokens_and_mask_are_transformers(example, tokenizer, messages, answer: str) -> None:
+    """Against the template with {% generation %} put around `answer`, an expression in it."""
+    assert tokenizer.chat_template.count("{{ " + answer + " }}") == 1
+    marked = tokenizer.chat_template.replace(
+        "{{ " + answer + " }}", "{% generation %}{{ " + answer + " }}{% endgeneration %}"
+    )
+    theirs = tokenizer.apply_chat_template(
+        messages, chat_template=marked, return_assistant_tokens_mask=True, return_dict=True
+    )
+    assert example.input_ids.tolist() == theirs["input_ids"]
+    assert (example.labels != IGNORE).astype(int).tolist() == theirs["assistant_masks"]
+
+
+@pytest.mark.parametrize("make", [chatml, sentencepiece])
+def test_yi_equals_transformers(make):
+    tokenizer = yi(make)
+    messages = chat("system: Be brief.", " Über 日本?\n", "It's naïve 🙂.", "And you?", "The answer is 42.\n")
+    (example,) = examples_of(tokenizer, messages)
+    assert_tokens_and_mask_are_transformers(example, tokenizer, messages, "m['content'] + '<|im_end|>'")
+    assert [text.strip() for text in trained(example, tokenizer)] == [
+        "It's naïve 🙂.<|im_end|>",
+        "The answer is 42.\n<|im_end|>",
+    ]
+
+
+@pytest.fixture(scope="module")
+def tekken() -> Any:
+    """Mistral's tokenizer of 131072 ids, from the file in their package; its merges are all splits of its tokens."""
+    config, vocab = read_tekken("tekken_240911.json")
+    specials = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    specials += [f"<SPECIAL_{i}>" for i in range(len(specials), config["default_num_special_tokens"])]
+    vocab = vocab[: config["default_vocab_size"] - len(specials)]
+    # As tokenizers writes bytes: 256 letters, in the order of the bytes they stand for.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {b: chr(b) for b in printable}
+    letters |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letters)}
+    words = ["".join(letters[b] for b in base64.b64decode(token["token_bytes"])) for token in vocab]
+    rank = {word: i for i, word in enumerate(words)}
+    merges = []
+    for word in words:
+        splits = [(word[:i], word[i:]) for i in range(1, len(word)) if word[:i] in rank and word[i:] in rank]
+        merges += sorted(splits, key=lambda pair: (rank[pair[0]], rank[pair[1]]))
+    ids = {word: i for i, word in enumerate([*specials, *words])}
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(config["pattern"]), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEKKEN
+    )
+
+
+def read_tekken(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """`config` and `vocab` of a tekken file; the package that holds it is downloaded once and not installed."""
+    folder = default_cache_dir() / "mistral-common"
+    wheel = folder / "mistral_common-1.13.1-py3-none-any.whl"
+    if not wheel.exists():
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+        done = subprocess.run([*command, "-d", folder, "mistral-common==1.13.1"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(wheel) as archive:
+        file = json.loads(archive.read(f"mistral_common/data/{name}"))
+    return file["config"], file["vocab"]
+
+
+# Questions, answers and their ids by mistral-common 1.13.1 (InstructTokenizerV3.encode_instruct).
+MISTRAL = ["What is 12345 + 1?", "It is 12346 — naïve, isn't it? 🙂", "Über 日本?\n", "Yes.\n\nTwo LINES, camelCase."]
+BY_MISTRAL = [
+    [1, 3, 7493, 1395, 1032, 1049, 1050, 1051, 1052, 1053, 1867, 1032, 1049, 1063, 4],
+    [2757, 1395, 1032, 1049, 1050, 1051, 1052, 1054, 2251, 98355, 1044, 10045, 2405, 1494, 1063, 119685, 1153, 1130, 2],
+    [3, 79904, 30367, 9551, 4],
+    [16860, 1338, 16489, 78532, 5548, 1044, 98537, 11139, 1046, 2],
+]
+
+
+def test_tekken_equals_mistral_and_transformers(tekken):
+    messages = chat(*MISTRAL)
+    (example,) = examples_of(tekken, messages)
+    assert example.input_ids.tolist() == sum(BY_MISTRAL, [])
+    want = [[IGNORE] * len(ids) if i % 2 == 0 else ids for i, ids in enumerate(BY_MISTRAL)]
+    assert example.labels.tolist() == sum(want, [])
+    assert_tokens_and_mask_are_transformers(example, tekken, messages, "m['content'] + eos_token")
+    assert trained(example, tekken) == [f"{text}</s>" for text in MISTRAL[1::2]]
+    (text,) = tokenize_rows([{"text": MISTRAL[1]}], tekken, max_length=99, progress=False)
+    assert text.input_ids.tolist() == [1, *BY_MISTRAL[1]]
 
 
 def test_chat_template_without_the_bos_that_plain_text_gets_is_said():

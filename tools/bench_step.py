@@ -90,6 +90,22 @@ def random_model(shape: dict[str, Any], *, nf4: bool = True):
     return CausalLM(module, hf_config=hf, source=Path("random"))
 
 
+def packed_chats(mean: int, batch: int, length: int, vocabulary: int) -> dict[str, Any]:
+    """Rows [1, B, T] of random chats, packed as in training; their lengths are gamma-distributed with this mean."""
+    import numpy as np
+
+    from lora_jax.batches import Example, pack, pack_batch
+
+    rng = np.random.default_rng(2)
+    sizes = np.clip(rng.gamma(2, mean / 2, 8 * batch * length // mean), 16, length).astype(int)
+    texts = [rng.integers(0, vocabulary, size).astype(np.int32) for size in sizes]
+    # The rows that training would make of eight times as many chats, of which those are taken that are filled as most.
+    rows = sorted(pack(texts, length), key=lambda row: sum(sizes[i] for i in row))
+    middle = (len(rows) - batch) // 2
+    packed = pack_batch([Example(ids, ids) for ids in texts], rows[middle : middle + batch], length, 0)
+    return {name: array[None] for name, array in packed.items()}
+
+
 def run_case(args: argparse.Namespace) -> dict[str, Any]:
     """One case in this process."""
     import jax
@@ -122,7 +138,9 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     _, lora, frozen = model.split()
     opt_state = optimizer.init(lora)
     ids = token_ids(batch, length, shape["vocab_size"]).astype(np.int32)[None]
-    data = model.with_embeddings({"input_ids": ids, "labels": ids})
+    content = packed_chats(args.documents, batch, length, shape["vocab_size"]) if args.documents else None
+    data = model.with_embeddings({"input_ids": ids, "labels": ids} if content is None else content)
+    real = batch * length if content is None else int((content["labels"] != -100).sum())
     arguments = (lora, opt_state, frozen, data)
     start = time.perf_counter()
     with using(**dict(pair.split("=") for pair in args.use)):
@@ -168,6 +186,8 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         "first_step_s": compile_s + times[0],  # weights aside
         "ms_min_max": [1e3 * min(times[args.warmup :]), 1e3 * max(times[args.warmup :])],
         "tokens_per_s": batch * length / seconds,
+        "documents": args.documents,
+        "label_tokens_per_s": real / seconds,
         "peak_gib": stats.get("peak_bytes_in_use", 0) / GIB,
         "argument_gib": analysis.argument_size_in_bytes / GIB,
         "temp_gib": analysis.temp_size_in_bytes / GIB,
@@ -197,6 +217,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["2x2048"], help="BATCHxTOKENS ...")
     parser.add_argument("--remat", nargs="+", default=["full"], help="presets of lora_jax.remat, or auto")
     parser.add_argument("--memory-budget", help="for auto, such as 12GB; else all that JAX may take")
+    parser.add_argument("--documents", type=int, help="mean length of random chats, packed into the rows")
     parser.add_argument("--checkpoint", help="folder of the model instead of random weights; peers write it themselves")
     parser.add_argument("--peers", nargs="*", choices=["unsloth", "peft"], default=[], help="measured first")
     parser.add_argument("--peers-path", help="folder that stands first on the peers' PYTHONPATH")
