@@ -1,10 +1,14 @@
 """What all tests share: the environment JAX starts in, markers, the real model, and the torch oracles."""
 
+import json
 import os
 import subprocess
+import sys
 import zlib
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,5 +115,40 @@ def oracle() -> Callable[..., str]:
         if done.returncode != 0:
             raise RuntimeError(f"{script} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
         return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def compile_for_gpus() -> Callable[..., list[Any]]:
+    """`compile_for_gpus("script.py", *arguments)`: run a script of tests/ that compiles for absent GPUs.
+
+    Returns the JSON of each line that it prints. With `same_jax` the test is skipped if the compiler is of another
+    version than jax.
+    """
+    cuda = ROOT / ".cuda"
+    toolkit = cuda / "nvidia" / "cu13"
+
+    def run(script: str, *arguments: str, same_jax: bool = True) -> list[Any]:
+        if not (cuda / "jax_cuda13_plugin").is_dir():
+            pytest.skip("the CUDA compiler is not in .cuda: `make cuda-compiler` puts it there (265 MB)")
+        if same_jax:
+            plugin = next(cuda.glob("jax_cuda13_plugin-*.dist-info")).name
+            if f"-{metadata.version('jax')}." not in plugin:
+                pytest.skip(f"the CUDA compiler in .cuda is of another version than jax: {plugin}")
+        environment = {
+            **os.environ,
+            # Before the rest, for the plugin alone: the GPU builds of jax itself may be installed or not.
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(cuda)]),
+            "PATH": f"{toolkit / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+            "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={toolkit} --xla_gpu_autotune_level=0",
+        }
+        ignored = "ignore:The Pallas Triton backend:DeprecationWarning"
+        command = [sys.executable, "-W", ignored, str(ROOT / "tests" / script), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
 
     return run

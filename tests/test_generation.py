@@ -1,11 +1,7 @@
 """Generation: the cache changes nothing, rows do not see each other, sampling follows the distribution."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -302,30 +298,9 @@ def test_a_new_adapter_is_seen_by_compiled_functions(folder):
     assert np.abs(np.asarray(model.logits(ids)) - first).max() > 0.1
 
 
-CUDA = Path(__file__).resolve().parents[1] / ".cuda"
-
-
-def test_a_step_copies_no_packed_weights():
+def test_a_step_copies_no_packed_weights(compile_for_gpus):
     """Programs compiled for GPUs that need not be there: the kernels read each layer where it lies in its stack."""
-    if not (CUDA / "jax_cuda13_plugin").is_dir():
-        pytest.skip("the CUDA compiler is not in .cuda: `make cuda-compiler` puts it there (265 MB)")
-    plugin = next(CUDA.glob("jax_cuda13_plugin-*.dist-info")).name
-    if f"-{metadata.version('jax')}." not in plugin:
-        pytest.skip(f"the CUDA compiler in .cuda is of another version than jax: {plugin}")
-    toolkit = CUDA / "nvidia" / "cu13"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(CUDA.parent), str(CUDA)]),
-        "PATH": f"{toolkit / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={toolkit} --xla_gpu_autotune_level=0",
-    }
-    ignored = "ignore:The Pallas Triton backend:DeprecationWarning"
-    command = [sys.executable, "-W", ignored, str(Path(__file__).with_name("generation_for_gpu.py"))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    *steps, cut = [json.loads(line) for line in done.stdout.splitlines()]
+    *steps, cut = compile_for_gpus("generation_for_gpu.py")
     assert [step["case"] for step in steps] == ["mosaic 1", "triton_in_loop 1"]
     assert all(step["copies"] == [] for step in steps), steps
     assert "dynamic-slice u8[1,512,128]" in cut["copies"]  # so the copies would be seen

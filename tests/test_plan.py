@@ -3,10 +3,7 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -542,49 +539,14 @@ def test_train_refuses_what_cannot_fit_before_it_loads(config_only, tmp_path, mo
 
 # ---- against the compiler -----------------------------------------------------------------------------------------
 
-CUDA = Path(__file__).resolve().parents[1] / ".cuda"
 
-
-def test_estimates_are_within_8_percent_of_the_compiler():
+def test_estimates_are_within_8_percent_of_the_compiler(compile_for_gpus):
     """Whole steps compiled for two GPUs that need not be there; tests/plan_for_gpu.py has more of them."""
-    if not (CUDA / "jax_cuda13_plugin").is_dir():
-        pytest.skip("the CUDA compiler is not in .cuda: `make cuda-compiler` puts it there (265 MB)")
-    plugin = next(CUDA.glob("jax_cuda13_plugin-*.dist-info")).name
-    if f"-{metadata.version('jax')}." not in plugin:
-        pytest.skip(f"the CUDA compiler in .cuda is of another version than jax: {plugin}")
-    script = Path(__file__).with_name("plan_for_gpu.py")
     results = []
     for capability, case in (("sm_90", "8b-selective"), ("sm_89", "1b-mixed")):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-W",
-                "ignore:The Pallas Triton backend:DeprecationWarning",
-                str(script),
-                capability,
-                case,
-            ],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        results += [json.loads(line) for line in done.stdout.splitlines()]
+        results += compile_for_gpus("plan_for_gpu.py", capability, case)
     for result in results:
         assert result["estimate"] == pytest.approx(result["compiled"], rel=0.08), result
     # Where attention and its log-sum-exp are saved, its kernel stands in the forward pass alone: once for each of 32
     # layers that are written out, or once for each of two loops, and once more for the second one's backward pass.
     assert [result["attention_forward"] for result in results] == [32, 3]
-
-
-def environment() -> dict[str, str]:
-    toolkit = CUDA / "nvidia" / "cu13"
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(CUDA.parent), str(CUDA)]),
-        "PATH": f"{toolkit / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={toolkit} --xla_gpu_autotune_level=0",
-    }
