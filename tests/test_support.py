@@ -3,10 +3,9 @@
 import re
 from pathlib import Path
 
-from lora_jax.export.gguf import FILE_TYPES
 from lora_jax.export.gguf_metadata import ARCHITECTURES as IN_GGUF
 from lora_jax.models.registry import ARCHITECTURES
-from tests.export.test_gguf_families import INEXACT, MODELS
+from tests.export.test_gguf_families import CONVERTER_TYPES, INEXACT, MODELS
 from tests.models.test_families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +42,7 @@ def table() -> str:
     rows = []
     for architecture in ARCHITECTURES:
         cells = ["yes" if architecture in compared else "no"] * 4
-        cells.append(", ".join(FILE_TYPES).upper() if architecture in IN_GGUF and architecture in runs else "no")
+        cells.append(", ".join(CONVERTER_TYPES).upper() if architecture in IN_GGUF and architecture in runs else "no")
         cells.append(", ".join(["yes" if architecture in runs else "no", *notes.get(architecture, [])]))
         rows.append(f"| `{architecture}` | {' | '.join(cells)} |\n")
     return HEAD + "".join(rows)

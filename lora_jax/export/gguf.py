@@ -1,16 +1,18 @@
 """Export to GGUF, the file format of llama.cpp.
 
 A GGUF file holds metadata (shape of the model, tokenizer, chat template) and then the tensors. Tensor by tensor, the
-source is read, converted and written, so that memory holds one tensor and its converted copy; or one linear layer of
-all experts of a layer, converted, and that of one expert. The finished file is read back and compared with the source
-before it takes its name.
+source is read, converted to each type asked for and written, so that memory holds one tensor and its converted copies;
+or one linear layer of all experts of a layer, converted, and that of one expert. The finished files are read back and
+compared with the source before they take their names.
 
-File types: "f32"; "f16"; "bf16"; "q8_0" (blocks of 32 int8 and one float16 scale). As in llama.cpp's own converter,
+File types are those of `gguf_mixtures.FILE_TYPES`: "f32", "f16", "bf16", "q8_0", and those of 2 to 6 bits, whose blocks
+are llama-quantize's (see `gguf_quants`), as is the choice which tensor gets more bits. As in llama.cpp's own converter,
 norms, biases and routers are float32 in all of them.
 """
 
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
@@ -18,6 +20,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from lora_jax.export.gguf_imatrix import Imatrix, read_imatrix
 from lora_jax.export.gguf_layout import Layout, Piece, pieces
 from lora_jax.export.gguf_metadata import (
     ModelShape,
@@ -38,6 +42,8 @@ from lora_jax.export.gguf_metadata import (
     rope_factors,
     unsupported,
 )
+from lora_jax.export.gguf_mixtures import FILE_TYPES, MixedModel, file_types, tensor_types
+from lora_jax.export.gguf_quants import quantize
 from lora_jax.export.gguf_tokenizer import GgufTokenizer, read_tokenizer
 from lora_jax.export.hf import copy_small_files
 from lora_jax.export.merge import merged_tensors
@@ -47,14 +53,25 @@ from lora_jax.reporting import console, say
 if TYPE_CHECKING:
     from lora_jax.model import CausalLM
 
-FILE_TYPES = {
-    "f32": (gguf.LlamaFileType.ALL_F32, GgmlType.F32),
-    "f16": (gguf.LlamaFileType.MOSTLY_F16, GgmlType.F16),
-    "bf16": (gguf.LlamaFileType.MOSTLY_BF16, GgmlType.BF16),
-    "q8_0": (gguf.LlamaFileType.MOSTLY_Q8_0, GgmlType.Q8_0),
-}
+__all__ = ["FILE_TYPES", "TensorSource", "file_types", "save_gguf", "verify_gguf", "write_gguf", "write_ggufs"]
+
 _CHUNK = 1 << 22  # elements converted or compared at a time
 _F16_MAX = 65504.0
+# Largest error of a type without importance: a share of the block's largest magnitude (half as much again as the worst
+# found in blocks from smooth to nearly all zero; a search for the least square lets single values go), and what half a
+# unit of a subnormal float16 scale makes with the largest codes.
+_SHARES = {
+    GgmlType.Q4_0: (0.14, 8),
+    GgmlType.Q4_1: (0.08, 16),
+    GgmlType.Q5_0: (0.07, 16),
+    GgmlType.Q5_1: (0.04, 32),
+    GgmlType.Q2_K: (0.93, 60),
+    GgmlType.Q3_K: (0.4, 128),
+    GgmlType.Q4_K: (0.18, 1008),
+    GgmlType.Q5_K: (0.09, 2016),
+    GgmlType.Q6_K: (0.035, 4096),
+}
+_SHARE_WEIGHTED = 1.25  # a value of no importance may be given up, or even overshot
 
 
 class TensorSource(Protocol):
@@ -81,11 +98,10 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Planned:
-    """One tensor of the file to write."""
+    """One tensor of the files to write."""
 
     name: str  # in the GGUF
     parts: list[_Part]  # one, or one for each expert
-    type: GgmlType
 
     @property
     def stacked(self) -> bool:
@@ -96,9 +112,8 @@ class _Planned:
         shape = self.parts[0].piece.shape
         return (len(self.parts), *shape) if self.stacked else shape
 
-    @property
-    def nbytes(self) -> int:
-        block, block_bytes = gguf.GGML_QUANT_SIZES[self.type]
+    def nbytes(self, type: GgmlType) -> int:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[type]
         return math.prod(self.shape) // block * block_bytes
 
 
@@ -125,29 +140,35 @@ def save_gguf(
     merge_base: str = "dequantized",
     overwrite: bool = False,
     verbose: bool = True,
+    imatrix: str | os.PathLike[str] | None = None,
+    max_shard_size: int | str | None = None,
+    device: Any = None,
 ) -> list[Path]:
-    """Writes base and adapter merged into one model, as one GGUF file for each type asked for.
+    """Writes base and adapter merged into one model, as one GGUF file for each type asked for, all in one pass.
 
     Args:
       model: it is not changed.
       folder: where to; made if it does not exist. Files are named after the model and the type.
       tokenizer: only its chat template is used, if it is not the one of the source.
-      quantization_method: "f32", "f16", "bf16", "q8_0", or several of them.
+      quantization_method: a type's name or several, as `file_types` understands them: "f16", "q8_0", "q4_k_m" ...;
+        also Unsloth's "not_quantized", "fast_quantized", "quantized".
       merge_base: "dequantized" or "original", see `lora_jax.export.merge`.
       overwrite: replace files that exist.
       verbose: show progress.
+      imatrix, max_shard_size, device: as `write_gguf`.
+
+    Returns the files, in the order of the types; all parts of those that are split.
 
     Raises:
       FileExistsError: a file of that name exists and `overwrite` is False.
       ValueError, OSError: as `write_gguf`.
     """
-    types = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
-    types = [name.lower() for name in types]
-    if unknown := [name for name in types if name not in FILE_TYPES]:
-        raise ValueError(f"quantization_method {unknown[0]!r} is not known; choose from {', '.join(FILE_TYPES)}")
+    stored = str(model.hf_config.get("torch_dtype") or model.hf_config.get("dtype") or "bfloat16")
+    types = file_types(quantization_method, {"float16": "f16", "float32": "f32"}.get(stored, "bf16"))
     base = Path(model.name_or_path).name
-    paths = [folder / f"{base}.{name.upper()}.gguf" for name in types]
-    if not overwrite and (existing := [path for path in paths if path.exists()]):
+    paths = {name: folder / f"{base}.{name.upper()}.gguf" for name in types}
+    parts = (old for path in paths.values() for old in (path, *_shards_of(path)))
+    if not overwrite and (existing := [path for path in parts if path.exists()]):
         raise FileExistsError(f"{existing[0]} exists; choose another folder or pass overwrite=True")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,9 +179,9 @@ def save_gguf(
         copy_small_files(model.source, Path(small), tokenizer)
         # transformers reads from it which class of tokenizer to make, which may add tokens
         (Path(small) / "config.json").write_text(json.dumps(model.hf_config), encoding="utf-8")
-        for path, name in zip(paths, types, strict=True):
-            write_gguf(path, tensors, model.hf_config, small, name, name=base, progress=verbose)
-    return paths
+        options = {"imatrix": imatrix, "max_shard_size": max_shard_size, "device": device}
+        written = write_ggufs(paths, tensors, model.hf_config, small, name=base, progress=verbose, **options)
+    return [path for files in written.values() for path in files]
 
 
 def write_gguf(
@@ -169,66 +190,143 @@ def write_gguf(
     hf_config: Mapping[str, Any],
     tokenizer_dir: str | os.PathLike[str],
     file_type: str,
+    **options: Any,
+) -> Path:
+    """Write one GGUF file, and return its path or, if it is split, that of its first part; see `write_ggufs`."""
+    (name,) = file_types(file_type)
+    return write_ggufs({name: path}, tensors, hf_config, tokenizer_dir, **options)[name][0]
+
+
+def write_ggufs(
+    paths: Mapping[str, str | os.PathLike[str]],
+    tensors: Mapping[str, TensorSource],
+    hf_config: Mapping[str, Any],
+    tokenizer_dir: str | os.PathLike[str],
     *,
     name: str | None = None,
     verify: bool = True,
     progress: bool = True,
-) -> Path:
-    """Write one GGUF file that llama.cpp and the programs built on it load; return its path.
+    imatrix: str | os.PathLike[str] | None = None,
+    max_shard_size: int | str | None = None,
+    device: Any = None,
+) -> dict[str, list[Path]]:
+    """Write GGUF files that llama.cpp and the programs built on it load, of several types, reading each tensor once.
 
     Args:
-      path: the file to write. It appears when it is complete; an older file of that name stays until then.
+      paths: type, a key of `FILE_TYPES` -> the file to write. They appear when all are complete; older files of those
+        names stay until then. In all of them but f32, f16 and bf16, tensors whose rows do not divide by the blocks of
+        their type are of another: of one with blocks of 32, as in llama-quantize, or float16.
       tensors: Hugging Face name -> tensor, float32, linear weights as [out, in].
       hf_config: the model's config.json.
       tokenizer_dir: folder with tokenizer.json, tokenizer_config.json, generation_config.json, chat template; and
         config.json, which decides what class of tokenizer transformers makes.
-      file_type: "f32", "f16", "bf16" or "q8_0". Rows that do not divide by 32 are float16 in a q8_0 file.
-      name: `general.name` in the file; by default the file's name.
-      verify: read the file back and compare every tensor with its source (see `verify_gguf`).
+      name: `general.name` in the files; by default a file's name.
+      verify: read the files back and compare every tensor with its source (see `verify_gguf`).
       progress: show a progress bar.
+      imatrix: an importance matrix from llama-imatrix; types below 8 bits then spend their accuracy where it says.
+      max_shard_size: bytes, or "5GB", "500MB" (powers of 1000); larger files are split, as llama-gguf-split does, into
+        FILE-00001-of-00003.gguf and so on, of which llama.cpp is given the first.
+      device: a jax.Device that quantises; by default the CPU, with llama-quantize's bytes. See `gguf_quants.quantize`.
 
-    What the file cannot express is printed (to stderr).
+    Returns the parts of each file. What a file cannot express is printed (to stderr).
 
     Raises:
       ValueError: unknown file type or architecture; tensors missing, unknown, of another shape than the config says,
-        not finite, or too large for float16; a tokenizer or rope scaling that llama.cpp does not have; verification
-        failed.
+        not finite, or too large for the type; a tokenizer or rope scaling that llama.cpp does not have; an importance
+        matrix that is cut off or of another model; verification failed.
       FileNotFoundError: no tokenizer in `tokenizer_dir`, or no folder to write to.
-      OSError: the file could not be written (disk full). Nothing is left behind.
+      OSError: a file could not be written (disk full). Nothing is left behind.
     """
-    path, tokenizer_dir = Path(path), Path(tokenizer_dir)
-    if file_type not in FILE_TYPES:
-        raise ValueError(f"GGUF file type {file_type!r} is not known; choose one of {', '.join(FILE_TYPES)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write the GGUF file {path}: it is a folder")
+    tokenizer_dir = Path(tokenizer_dir)
+    if unknown := [name for name in paths if name not in FILE_TYPES]:
+        file_types(unknown[0])  # raises, or
+        raise ValueError(f"GGUF file type {unknown[0]!r} is another name of {file_types(unknown[0])[0]!r}: use that")
+    for path in map(Path, paths.values()):
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+        if path.is_dir():
+            raise IsADirectoryError(f"cannot write the GGUF file {path}: it is a folder")
+    limit = _bytes_of(max_shard_size)
     shape = model_shape(hf_config)
-    plan, notes = _plan(tensors, shape, FILE_TYPES[file_type][1])
+    weights = None if imatrix is None else read_imatrix(Path(imatrix))
+    plan = _plan(tensors, shape)
     tokenizer = read_tokenizer(tokenizer_dir, shape.decoder.vocab_size)
-    for note in notes + tokenizer.notes + unsupported(shape):
+    files, notes = [], []
+    for type_name, path in paths.items():
+        types, fallbacks = tensor_types(
+            type_name, {tensor.name: tensor.shape for tensor in plan}, _mixed(shape), weights is not None
+        )
+        files.append(_File(type_name, Path(path), types, {t.name: t.nbytes(types[t.name]) for t in plan}))
+        notes += _fallback_notes(types, fallbacks)
+    for note in [*notes, *_unweighted(weights, plan), *tokenizer.notes, *unsupported(shape)]:
         say(f"GGUF: {note}")
 
-    # Beside the target, so that the rename stays within one file system.
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    writer = gguf.GGUFWriter(scratch, shape.architecture)
-    disk = _Disk(path, sum(tensor.nbytes for tensor in plan))
+    disk = _Disk([file.path for file in files], sum(file.total for file in files))
     try:
         with disk.explained():
-            if shutil.disk_usage(path.parent).free < disk.needed:
+            if shutil.disk_usage(files[0].path.parent).free < disk.needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        _write(writer, plan, shape, tokenizer, file_type, name or path.stem, disk, progress)
-        with disk.explained():
-            writer.close()
+        for file in files:
+            file.open(plan, shape, tokenizer, name or file.path.stem, weights, limit, disk)
+        _write(files, plan, weights, disk, progress, device)
         if verify:
-            verify_gguf(scratch, tensors, progress=progress)
+            _verify([file.scratch_shards() for file in files], tensors, progress, [file.checksums for file in files])
+        written = {}
         with disk.explained():
-            os.replace(scratch, path)
+            for file in files:
+                written[file.type_name] = file.rename()
     finally:
-        with contextlib.suppress(OSError):  # what could not be written cannot be flushed either
-            writer.close()
-        scratch.unlink(missing_ok=True)
-    return path
+        for file in files:
+            file.close()
+    return written
+
+
+def _mixed(shape: ModelShape) -> MixedModel:
+    c = shape.decoder
+    kv_heads = c.num_kv_heads if c.mla is None else 1
+    experts = 0 if c.moe is None else c.moe.num_experts
+    return MixedModel(shape.architecture, c.num_layers, c.num_heads, kv_heads, experts)
+
+
+def _bytes_of(size: int | str | None) -> int:
+    """Bytes; 0 for no limit."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(size or 0), re.IGNORECASE)
+    count = 0 if found is None else int(float(found[1]) * 1000 ** " KMGT".index((found[2] or " ").upper()))
+    if found is None or (size and count < 1):
+        raise ValueError(f"max_shard_size={size!r} is no size; give bytes, or something like '5GB' or '500MB'")
+    return count
+
+
+def _fallback_notes(types: Mapping[str, GgmlType], fallbacks: Mapping[str, GgmlType]) -> list[str]:
+    """What has another type for its width, for the user."""
+    notes = []
+    for type, wanted in dict.fromkeys((types[name], wanted) for name, wanted in fallbacks.items()):
+        names = [name for name in fallbacks if (types[name], fallbacks[name]) == (type, wanted)]
+        block = 32 if type == GgmlType.F16 else 256
+        told = "float16" if type == GgmlType.F16 else type.name
+        notes.append(
+            f"{len(names)} tensors are {told}, not {wanted.name}: their rows do not divide by {block} "
+            f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        )
+    return notes
+
+
+def _unweighted(weights: Imatrix | None, plan: list[_Planned]) -> list[str]:
+    """Whether the importance matrix lacks linear layers, for the user."""
+    if weights is None:
+        return []
+    layers = [t.name for t in plan if re.match(r"blk\.\d+\.(attn|ffn)_\w+\.weight$", t.name) and len(t.shape) > 1]
+    missing = [name for name in layers if name not in weights.weights and "ffn_gate_inp" not in name]
+    if not missing:
+        return []
+    return [f"{weights.path} says nothing of {len(missing)} of {len(layers)} linear layers ({missing[0]}, ...)"]
+
+
+def _shards_of(path: Path) -> list[Path]:
+    """The parts of a split file that are there."""
+    return sorted(
+        path.parent.glob(f"{glob.escape(path.stem)}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].gguf")
+    )
 
 
 def verify_gguf(path: str | os.PathLike[str], tensors: Mapping[str, TensorSource], *, progress: bool = False) -> None:
@@ -236,39 +334,78 @@ def verify_gguf(path: str | os.PathLike[str], tensors: Mapping[str, TensorSource
 
     Bounds per element x: float32 equal; float16 and bfloat16 half a unit in the last place of x; Q8_0 half the block's
     scale d, plus what rounding d to float16 makes of up to 127 steps (127 * 2^-11 d; 127 * 2^-25 where d is subnormal).
+    Smaller types: a share of the largest magnitude of the block, see `_SHARES`. `write_ggufs` also compares checksums.
+
+    Args:
+      path: the file, or the first part of one that is split.
+      tensors: as `write_ggufs` got them.
+      progress: show a progress bar.
 
     Raises ValueError that names the first tensor that is missing, too many, of another shape, or outside its bound.
     """
-    reader = gguf.GGUFReader(path)
-    written = {tensor.name: tensor for tensor in reader.tensors}
-    layout = _layout_of_file(reader)
-    if "output.weight" not in written:  # the head is tied to the embedding
+    path = Path(path)
+    parts = [path]
+    if found := re.fullmatch(r"(.*)-00001-of-(\d{5})", path.stem):
+        parts = [path.with_name(f"{found[1]}-{i + 1:05d}-of-{found[2]}.gguf") for i in range(int(found[2]))]
+    _verify([parts], tensors, progress)
+
+
+def _verify(
+    files: list[list[Path]],
+    tensors: Mapping[str, TensorSource],
+    progress: bool,
+    checksums: Sequence[Mapping[str, int]] = (),
+) -> None:
+    """As `verify_gguf`, of several files, each a list of parts, reading each source once.
+
+    checksums: for each file, CRC-32 of the bytes of each tensor as they were written.
+    """
+    readers = [[gguf.GGUFReader(part) for part in parts] for parts in files]
+    weighted = [parts[0].get_field("quantize.imatrix.entries_count") is not None for parts in readers]
+    layout = _layout_of_file(readers[0][0])
+    written = [{tensor.name: tensor for part in parts for tensor in part.tensors} for parts in readers]
+    if "output.weight" not in written[0]:  # the head is tied to the embedding
         tensors = {hf_name: tensor for hf_name, tensor in tensors.items() if hf_name != "lm_head.weight"}
     places = {hf_name: pieces(hf_name, tuple(tensor.shape), layout) for hf_name, tensor in tensors.items()}
     counts = Counter(piece.name for parts in places.values() for piece in parts)
-    extra = {name for name in written.keys() - counts.keys() if not name.startswith("rope_f")}
-    missing = counts.keys() - written.keys()
-    if extra or missing:
-        raise ValueError(f"{path} does not hold the model: missing {sorted(missing)}, not in the model {sorted(extra)}")
-    total = sum(math.prod(piece.shape) for parts in places.values() for piece in parts)
+    for parts, own in zip(files, written, strict=True):
+        extra = {name for name in own.keys() - counts.keys() if not name.startswith("rope_f")}
+        missing = counts.keys() - own.keys()
+        if extra or missing:
+            raise ValueError(
+                f"{parts[0]} does not hold the model: missing {sorted(missing)}, not in the model {sorted(extra)}"
+            )
+    for parts, own, sums in zip(files, written, checksums, strict=False):
+        if wrong := [name for name, tensor in own.items() if name in sums and zlib.crc32(tensor.data) != sums[name]]:
+            raise ValueError(f"{parts[0]}: {wrong[0]} was not read back as it was written; is the disk sound?")
+    total = len(files) * sum(math.prod(piece.shape) for parts in places.values() for piece in parts)
     with _progress_bar("verifying", total, progress) as advance:
         for hf_name, parts in places.items():
             values = tensors[hf_name].read() if parts else np.empty(0)
             for piece in parts:
-                tensor = written[piece.name]
-                want = piece.shape if piece.expert is None else (counts[piece.name], *piece.shape)
-                if (got := tuple(int(n) for n in reversed(tensor.shape))) != want:
-                    raise ValueError(f"{path}: {piece.name} has shape {got}, but {hf_name} makes it {want}")
-                data = tensor.data if piece.expert is None else tensor.data[piece.expert]
-                what = f"{path}: {piece.name} ({tensor.tensor_type.name}, from {hf_name})"
-                _compare(data, tensor.tensor_type, piece.reorder(values), what, advance)
+                expected = piece.reorder(values)
+                for file, own, by_importance in zip(files, written, weighted, strict=True):
+                    tensor = own[piece.name]
+                    want = piece.shape if piece.expert is None else (counts[piece.name], *piece.shape)
+                    if (got := tuple(int(n) for n in reversed(tensor.shape))) != want:
+                        raise ValueError(f"{file[0]}: {piece.name} has shape {got}, but {hf_name} makes it {want}")
+                    data = tensor.data if piece.expert is None else tensor.data[piece.expert]
+                    what = f"{file[0]}: {piece.name} ({tensor.tensor_type.name}, from {hf_name})"
+                    _compare(data, tensor.tensor_type, expected, by_importance, what, advance)
 
 
-def _compare(data: np.ndarray, type: GgmlType, expected: np.ndarray, what: str, advance: Callable[[int], None]) -> None:
+def _compare(
+    data: np.ndarray,
+    type: GgmlType,
+    expected: np.ndarray,
+    weighted: bool,
+    what: str,
+    advance: Callable[[int], None],
+) -> None:
     """Compares what was read, by rows of its first axis, with the values that were to be written."""
     for part in _row_chunks(expected.shape):
         got, want = gguf.quants.dequantize(data[part], type), expected[part]
-        bad = ~(np.abs(got - want) <= _bound(want, type))  # written so that NaN counts as bad
+        bad = ~(np.abs(got - want) <= _bound(want, type, weighted))  # written so that NaN counts as bad
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             raise ValueError(
@@ -278,7 +415,7 @@ def _compare(data: np.ndarray, type: GgmlType, expected: np.ndarray, what: str, 
         advance(want.size)
 
 
-def _bound(x: np.ndarray, type: GgmlType) -> np.ndarray | float:
+def _bound(x: np.ndarray, type: GgmlType, weighted: bool) -> np.ndarray | float:
     if type == GgmlType.F32:
         return 0.0
     if type in (GgmlType.F16, GgmlType.BF16):
@@ -286,10 +423,16 @@ def _bound(x: np.ndarray, type: GgmlType) -> np.ndarray | float:
         # |x| is in [2^(e-1), 2^e): half a unit in the last of `bits` binary digits is 2^(e-1-bits).
         exponent = np.frexp(x)[1]
         return np.ldexp(np.float32(1), np.maximum(exponent - 1 - bits, smallest))
-    blocks = x.reshape(-1, 32)
-    scale = np.abs(blocks).max(axis=1, keepdims=True) / 127
-    # 1e-5: both sides are computed in float32
-    bound = 0.5 * scale * (1 + 1e-5) + 127 * np.maximum(scale * 2.0**-11, 2.0**-25)
+    if type == GgmlType.Q8_0:
+        blocks = x.reshape(-1, 32)
+        scale = np.abs(blocks).max(axis=1, keepdims=True) / 127
+        # 1e-5: both sides are computed in float32
+        bound = 0.5 * scale * (1 + 1e-5) + 127 * np.maximum(scale * 2.0**-11, 2.0**-25)
+        return np.broadcast_to(bound, blocks.shape).reshape(x.shape)
+    share, steps = _SHARES[type]
+    share = _SHARE_WEIGHTED if weighted else share
+    blocks = x.reshape(-1, gguf.GGML_QUANT_SIZES[type][0])
+    bound = share * np.abs(blocks).max(axis=1, keepdims=True) + steps * np.float32(2.0**-25)
     return np.broadcast_to(bound, blocks.shape).reshape(x.shape)
 
 
@@ -315,9 +458,7 @@ def _layout_of_file(reader: gguf.GGUFReader) -> Layout:
 # The plan: which tensors, under which names.
 
 
-def _plan(
-    tensors: Mapping[str, TensorSource], shape: ModelShape, main_type: GgmlType
-) -> tuple[list[_Planned], list[str]]:
+def _plan(tensors: Mapping[str, TensorSource], shape: ModelShape) -> list[_Planned]:
     decoder, layout = shape.decoder, shape.layout
     expected = {name: slot.shape for name, slot in Decoder(decoder, np.float32).slots().items()}
     if missing := [hf_name for hf_name in expected if hf_name not in tensors]:
@@ -336,25 +477,7 @@ def _plan(
             raise ValueError(f"{hf_name} has shape {tuple(source.shape)}, but config.json asks for {size}")
         for piece in pieces(hf_name, size, layout):
             parts.setdefault(piece.name, []).append(_Part(hf_name, source, piece))
-    plan, fallbacks = [], []
-    for name, own in parts.items():
-        type = main_type if _is_narrowed(name, own[0].piece.shape) else GgmlType.F32
-        if own[0].piece.shape[-1] % gguf.GGML_QUANT_SIZES[type][0]:
-            type = GgmlType.F16
-            fallbacks.append(name)
-        plan.append(_Planned(name, sorted(own, key=lambda part: part.piece.expert or 0), type))
-    notes = []
-    if fallbacks:
-        notes.append(
-            f"{len(fallbacks)} tensors are float16, not {main_type.name}: their rows do not divide by 32 "
-            f"({', '.join(fallbacks[:3])}{', ...' if len(fallbacks) > 3 else ''})"
-        )
-    return plan, notes
-
-
-def _is_narrowed(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is in the type of the file; the others are float32, as llama.cpp wants them."""
-    return len(shape) > 1 and name.endswith(".weight") and not re.search(r"_norm\.|\.ffn_gate_inp(_shexp)?\.", name)
+    return [_Planned(name, sorted(own, key=lambda part: part.piece.expert or 0)) for name, own in parts.items()]
 
 
 # Writing.
@@ -362,9 +485,9 @@ def _is_narrowed(name: str, shape: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True)
 class _Disk:
-    """Where the file goes."""
+    """Where the files go."""
 
-    path: Path
+    paths: list[Path]
     needed: int  # bytes
 
     @contextlib.contextmanager
@@ -373,48 +496,119 @@ class _Disk:
         try:
             yield
         except OSError as error:
-            free = shutil.disk_usage(self.path.parent).free
-            unchanged = "The file of that name is unchanged. " if self.path.exists() else ""
+            free = shutil.disk_usage(self.paths[0].parent).free
+            unchanged = "The file of that name is unchanged. " if any(p.exists() for p in self.paths) else ""
             message = (
-                f"could not write {self.path} ({error.strerror or error}): it takes {self.needed / 1e9:.3f} GB, "
-                f"{free / 1e9:.3f} GB are free there. {unchanged}"
-                "Free some space, choose another folder, or a smaller file type (q8_0)"
+                f"could not write {', '.join(map(str, self.paths))} ({error.strerror or error}): it takes "
+                f"{self.needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free there. {unchanged}"
+                "Free some space, choose another folder, or a smaller file type (q8_0, q4_k_m)"
             )
             # numpy, unlike open files, does not say why it could not write
             raise OSError(error.errno or errno.EIO, message) from error
 
 
+class _File:
+    """A file that is being written, under other names beside its own, so that renaming stays on one file system."""
+
+    def __init__(self, type_name: str, path: Path, types: dict[str, GgmlType], sizes: dict[str, int]):
+        self.type_name, self.path, self.types, self.sizes = type_name, path, types, sizes
+        self.total = sum(sizes.values())
+        self.scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        self.writer: gguf.GGUFWriter | None = None
+        self.parts = 1
+        self.checksums: dict[str, int] = {}  # CRC-32 of each tensor written
+
+    def open(
+        self,
+        plan: list[_Planned],
+        shape: ModelShape,
+        tokenizer: GgufTokenizer,
+        name: str,
+        weights: Imatrix | None,
+        limit: int,
+        disk: _Disk,
+    ) -> None:
+        """Write all but the tensors. The header names every tensor with its place, so that they can follow singly."""
+        writer = self.writer = gguf.GGUFWriter(self.scratch, shape.architecture, split_max_size=limit)
+        for tensor in plan:
+            # the numpy type only matters where it is uint8
+            numbers, size = np.dtype(np.float32), self.sizes[tensor.name]
+            writer.add_tensor_info(tensor.name, tensor.shape, numbers, size, self.types[tensor.name])
+        self.parts = len(writer.tensors)
+        add_model(writer, shape, FILE_TYPES[self.type_name][0], name)
+        if weights is not None:
+            writer.add_string("quantize.imatrix.file", weights.path.name)
+            if weights.dataset:
+                writer.add_string("quantize.imatrix.dataset", weights.dataset)
+            writer.add_uint32("quantize.imatrix.entries_count", len(weights.weights))
+            if weights.chunks:
+                writer.add_uint32("quantize.imatrix.chunks_count", weights.chunks)
+        add_tokenizer(writer, tokenizer)
+        with disk.explained():
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+
+    def finish(self) -> None:
+        assert self.writer is not None
+        self.writer.flush()
+        for file in self.writer.fout or ():  # the rename must not reach the disk before the data
+            os.fsync(file.fileno())
+        self.writer.close()
+
+    def scratch_shards(self) -> list[Path]:
+        return _part_names(self.scratch, self.parts)
+
+    def rename(self) -> list[Path]:
+        parts = _part_names(self.path, self.parts)
+        stale = {self.path, *_shards_of(self.path)} - set(parts)
+        for scratch, part in zip(self.scratch_shards(), parts, strict=True):
+            os.replace(scratch, part)
+        for old in stale:  # of another split
+            old.unlink(missing_ok=True)
+        return parts
+
+    def close(self) -> None:
+        if self.writer is not None:
+            with contextlib.suppress(OSError):  # what could not be written cannot be flushed either
+                self.writer.close()
+        for part in self.scratch_shards():
+            part.unlink(missing_ok=True)
+
+
+def _part_names(path: Path, parts: int) -> list[Path]:
+    """As gguf.GGUFWriter names them."""
+    return (
+        [path]
+        if parts == 1
+        else [path.with_name(gguf.SHARD_NAME_FORMAT.format(path.stem, i + 1, parts)) for i in range(parts)]
+    )
+
+
 def _write(
-    writer: gguf.GGUFWriter,
+    files: list[_File],
     plan: list[_Planned],
-    shape: ModelShape,
-    tokenizer: GgufTokenizer,
-    file_type: str,
-    name: str,
+    weights: Imatrix | None,
     disk: _Disk,
     progress: bool,
+    device: Any,
 ) -> None:
-    # The header names every tensor with its place, so that the data can follow one by one.
-    for tensor in plan:
-        # the numpy type only matters where it is uint8
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
-    add_model(writer, shape, FILE_TYPES[file_type][0], name)
-    add_tokenizer(writer, tokenizer)
-    with disk.explained():
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    with _progress_bar(f"writing {file_type}", disk.needed, progress) as advance:
+    with _progress_bar(f"writing {', '.join(file.type_name for file in files)}", disk.needed, progress) as advance:
         for tensor in plan:
-            data = _converted(tensor)
-            with disk.explained():
-                writer.write_tensor_data(data)
-            del data  # before the next one is made
-            advance(tensor.nbytes)
+            types = dict.fromkeys(file.types[tensor.name] for file in files)  # files may share one
+            importance = None if weights is None else weights.of(tensor.name, tensor.shape)
+            converted = _converted(tensor, list(types), importance, device)
+            for file in files:
+                assert file.writer is not None
+                data = converted[file.types[tensor.name]]
+                file.checksums[tensor.name] = zlib.crc32(data)
+                with disk.explained():
+                    file.writer.write_tensor_data(data)
+                advance(file.sizes[tensor.name])
+            del converted, data  # before the next are made
     with disk.explained():
-        writer.flush()
-        for file in writer.fout or ():  # the rename must not reach the disk before the data
-            os.fsync(file.fileno())
+        for file in files:
+            file.finish()
 
 
 @contextlib.contextmanager
@@ -425,42 +619,56 @@ def _progress_bar(what: str, total: int, enabled: bool) -> Iterator[Callable[[in
         yield lambda amount: bar.advance(task, amount)
 
 
-def _converted(tensor: _Planned) -> np.ndarray:
-    """The tensor's values as they stand in the file: float32, or bytes [..., bytes of a row]."""
+def _converted(
+    tensor: _Planned, types: list[GgmlType], importance: np.ndarray | None, device: Any
+) -> dict[GgmlType, np.ndarray]:
+    """The tensor's values as they stand in a file of each type: bytes [..., bytes of a row]."""
     if not tensor.stacked:
-        return _converted_part(tensor.parts[0], tensor.type)
-    stack = None
+        return _converted_part(tensor.parts[0], types, importance, device)
+    stacks: dict[GgmlType, np.ndarray] = {}
     for i, part in enumerate(tensor.parts):
-        data = _converted_part(part, tensor.type)
-        if stack is None:
-            stack = np.empty((len(tensor.parts), *data.shape), data.dtype)
-        stack[i] = data
-    assert stack is not None
-    return stack
+        of_expert = None if importance is None else importance[i]
+        for type, data in _converted_part(part, types, of_expert, device).items():
+            if type not in stacks:
+                stacks[type] = np.empty((len(tensor.parts), *data.shape), data.dtype)
+            stacks[type][i] = data
+    return stacks
 
 
-def _converted_part(part: _Part, type: GgmlType) -> np.ndarray:
+def _converted_part(
+    part: _Part, types: list[GgmlType], importance: np.ndarray | None, device: Any
+) -> dict[GgmlType, np.ndarray]:
     values, wanted = part.source.read(), tuple(part.source.shape)
     if values.dtype != np.float32 or values.shape != wanted:
         raise ValueError(f"{part.hf_name} was read as {values.dtype} {values.shape}, wanted float32 {wanted}")
     values = np.ascontiguousarray(part.piece.reorder(values))
     for rows in _row_chunks(values.shape):
-        _check_range(values[rows], part.hf_name, type)
-    if type == GgmlType.F32:
-        return values
-    block, block_bytes = gguf.GGML_QUANT_SIZES[type]
-    out = np.empty((*values.shape[:-1], values.shape[-1] // block * block_bytes), np.uint8)
-    for rows in _row_chunks(values.shape):
-        out[rows] = gguf.quants.quantize(values[rows], type).view(np.uint8)
-    return out
+        for type in types:
+            _check_range(values[rows], part.hf_name, type)
+    converted = {}
+    for type in types:
+        if type == GgmlType.F32:
+            converted[type] = values
+            continue
+        block, block_bytes = gguf.GGML_QUANT_SIZES[type]
+        out = np.empty((*values.shape[:-1], values.shape[-1] // block * block_bytes), np.uint8)
+        for rows in _row_chunks(values.shape):
+            if importance is not None and importance.ndim == 2:  # a stack in one tensor: per matrix
+                for i in range(rows.start, rows.stop):
+                    out[i] = quantize(values[i], type, importance[i], device=device)
+            else:
+                out[rows] = quantize(values[rows], type, importance, device=device)
+        converted[type] = out
+    return converted
 
 
 def _check_range(values: np.ndarray, hf_name: str, type: GgmlType) -> None:
     largest = np.abs(values).max()
     if not np.isfinite(largest):
         raise ValueError(f"{hf_name} holds NaN or infinity: the model is broken, nothing was written")
-    limit = {GgmlType.F16: _F16_MAX, GgmlType.Q8_0: 127 * _F16_MAX}.get(type)
-    if limit is not None and largest > limit:
+    exact = type in (GgmlType.F32, GgmlType.BF16)
+    limit = 127 * _F16_MAX if type == GgmlType.Q8_0 else _F16_MAX
+    if not exact and largest > limit:
         raise ValueError(
             f"{hf_name} holds {largest:.6g}, more than {type.name} can ({limit:.6g}); "
             "export with file type bf16 instead"

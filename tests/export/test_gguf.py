@@ -472,8 +472,8 @@ def test_bad_configs_are_refused(changes: dict[str, Any], message: str, export: 
 def test_bad_arguments_are_refused(tmp_path: Path, export: Callable[..., Path], gpt2_folder: Path) -> None:
     config = hf_config()
     weights = random_weights(config)
-    with pytest.raises(ValueError, match="'q4_k_m' is not known; choose one of f32, f16, bf16, q8_0"):
-        export(config, weights, "q4_k_m")
+    with pytest.raises(ValueError, match="'q4_k_x' is not known; choose one of f32, f16, bf16, q8_0"):
+        export(config, weights, "q4_k_x")
     with pytest.raises(FileNotFoundError, match="no tokenizer in"):
         export(config, weights, folder=tmp_path)
     with pytest.raises(ValueError, match="lora_A.*merge adapters first"):
