@@ -28,6 +28,7 @@ class QuantState:
 
     shape: tuple[int, int]
     nested_offset: float | None  # None without double quantisation
+    blocksize: int = 64  # weights of one scale
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -237,7 +238,27 @@ class Checkpoint:
         if file.get_slice(stored).get_dtype().startswith("F8"):
             weight = self._read_fp8(name, None if part is None else part.expert)
             return weight if part is None else part.take(weight)
-        return file.get_tensor(stored) if part is None else part.take(file.get_slice(stored)[part.expert])
+        tensor = file.get_tensor(stored) if part is None else part.take(file.get_slice(stored)[part.expert])
+        return self._for_blocks_of_64(name, tensor)
+
+    def _for_blocks_of_64(self, name: str, tensor: np.ndarray) -> np.ndarray:
+        """Scales of larger blocks, as often as there are blocks of 64 in one: the same weights.
+
+        A group of 256 scales becomes several with the scale of the group.
+        """
+        weight, _, ending = name.rpartition(".")
+        if ending not in ("absmax", "nested_absmax") or (state := self.quant_state(weight)) is None:
+            return tensor
+        if state.blocksize == 64:
+            return tensor
+        group = 256 if ending == "nested_absmax" else 1
+        have, want = (-(-state.shape[0] * state.shape[1] // (size * group)) for size in (state.blocksize, 64))
+        if tensor.size != have:
+            raise ValueError(
+                f"{self.folder}: {name} holds {tensor.size} scales, a weight {list(state.shape)} in NF4 with blocks of "
+                f"{state.blocksize} has {have}"
+            )
+        return np.repeat(tensor, state.blocksize // 64)[:want]
 
     def _read_fp8(self, name: str, expert: int | None) -> np.ndarray:
         """A weight, or the expert's matrix of a weight of many, float32."""
@@ -272,7 +293,7 @@ class Checkpoint:
         """How the weight `name` is quantised, or None for a plain tensor.
 
         Raises:
-          ValueError: it is quantised in a way that is not NF4 with blocks of 64.
+          ValueError: it is quantised in a way that is not NF4 with blocks of 64 or a multiple of it.
         """
         if (key := self._states.get(name)) is None:
             return None
@@ -282,12 +303,12 @@ class Checkpoint:
             blocks = (state["blocksize"], state.get("nested_blocksize", 256))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder}: {key} is damaged ({error!r}); download it again") from None
-        if kind != "nf4" or blocks != (64, 256):
+        if kind != "nf4" or blocks[1] != 256 or blocks[0] % 64 or not blocks[0]:
             raise ValueError(
                 f"{self.folder}: {name} is quantised as {kind} with blocks of {blocks[0]} (nested {blocks[1]}); "
-                "only nf4 with 64 (nested 256) is implemented: use the 16-bit checkpoint"
+                "only nf4 with 64 or a multiple of it (nested 256) is implemented: use the 16-bit checkpoint"
             )
-        return QuantState(shape, state.get("nested_offset"))
+        return QuantState(shape, state.get("nested_offset"), blocks[0])
 
     @functools.cached_property
     def _states(self) -> dict[str, str]:

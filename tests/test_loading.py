@@ -460,7 +460,8 @@ def replace(ending: str, value):
 
 BAD_NF4 = {
     "fp4": (break_state(quant_type="fp4"), "quantised as fp4 with blocks of 64 .*use the 16-bit checkpoint"),
-    "block": (break_state(blocksize=128), r"blocks of 128 \(nested 256\); only nf4 with 64"),
+    "block": (break_state(blocksize=96), r"blocks of 96 \(nested 256\); only nf4 with 64"),
+    "other block": (break_state(blocksize=128), r"absmax holds 32 scales, .* with blocks of 128 has 16"),
     "nested block": (break_state(nested_blocksize=512), r"\(nested 512\)"),
     "shape": (break_state(shape=[64, 32]), r"k_proj\.weight has shape \[64, 32\], config\.json implies \[32, 64\]"),
     "state": (replace(".quant_state.bitsandbytes__nf4", np.ones(5, np.uint8)), "nf4 is damaged"),

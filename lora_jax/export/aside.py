@@ -3,12 +3,13 @@
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["folder_aside"]
+__all__ = ["file_aside", "folder_aside"]
 
 
 @contextlib.contextmanager
@@ -49,6 +50,25 @@ def folder_aside(folder: Path, overwrite: bool, kept: Iterable[Path] = ()) -> It
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def file_aside(path: Path) -> Iterator[Path]:
+    """Yields the name of a file beside `path` that becomes `path` when the block ends without an error.
+
+    Raises:
+      OSError: it cannot be written, or the disk is full; an existing file is left as it was.
+    """
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, f"the disk is full while writing {path}; make room and save again") from error
+        raise
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _replace(new: Path, folder: Path) -> None:

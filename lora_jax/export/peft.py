@@ -2,40 +2,40 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from lora_jax.export.aside import folder_aside
 from lora_jax.export.peft_experts import LAYOUTS, config_of_fused, default_layout, fuse, modules_of, separate
-from lora_jax.export.safetensors_writer import write_file
+from lora_jax.export.safetensors_writer import Contents, write_file
 from lora_jax.hf_checkpoint import read_json
 from lora_jax.models.decoder import full_names
-from lora_jax.models.linear import Embedding, Linear, layer_of, set_layer, value
+from lora_jax.models.linear import Embedding, Linear, factors, layer_of, set_layer, value
+from lora_jax.reporting import say
 
 if TYPE_CHECKING:
-    from flax import nnx
-
     from lora_jax.lora import LoraConfig
     from lora_jax.model import CausalLM
 
-__all__ = ["adapter_tensors", "base_of_adapter", "load_adapter", "save_adapter"]
+__all__ = ["Adapter", "adapter_tensors", "base_of_adapter", "load_adapter", "put_on", "read_adapter", "save_adapter"]
+__all__ += ["take_off", "written_config"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT, _BASE = "base_model.model.", ".base_layer.weight"
 _LINEAR, _EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+_MAGNITUDE = "lora_magnitude_vector"
 # Settings of PEFT that change what an adapter means and are not implemented, with the value that turns each off.
 _UNSUPPORTED = {
-    "use_dora": False,
     "use_qalora": False,
     "lora_bias": False,
     "fan_in_fan_out": False,
     "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
     "exclude_modules": None,
     "layer_replication": None,
     "trainable_token_indices": None,
@@ -43,17 +43,23 @@ _UNSUPPORTED = {
 }
 
 
+# Starts of PEFT after which the base is another one.
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Part:
     """Where one tensor of the adapter lives: a variable, or one layer of a stacked one."""
 
     owner: "nnx.Module"
-    attribute: str  # lora_a, lora_b or trained
+    attribute: str  # lora_a, lora_b, lora_magnitude or trained
     index: int | tuple[int, int] | None
     transposed: bool  # PEFT keeps A as [R, K] and B as [N, R]
 
     @property
     def array(self):
+        if self.attribute in ("lora_a", "lora_b"):
+            return factors(self.owner, self.index)[self.attribute == "lora_b"]  # pyright: ignore[reportArgumentType]
         whole = value(getattr(self.owner, self.attribute))
         return whole if self.index is None else layer_of(whole, self.index)
 
@@ -64,9 +70,36 @@ class _Part:
 
 
 def adapter_tensors(model: "CausalLM") -> dict[str, np.ndarray]:
-    """The adapter as float32 tensors under PEFT's names."""
+    """The adapter as float32 tensors under PEFT's names, of an adapter as `written_config` describes it."""
     parts = _parts(model)
     return {k: np.ascontiguousarray(np.asarray(p.array).T if p.transposed else p.array) for k, p in parts.items()}
+
+
+def written_config(model: "CausalLM") -> "LoraConfig":
+    """The adapter that is written, an ordinary one on the original base.
+
+    One that started as a part of the weights (PiSSA, OLoRA) has twice its rank, with the start subtracted, and the same
+    scale; see `lora_jax.models.linear.factors`. That is PEFT's own conversion of those (`path_initial_model_for_...`).
+
+    Raises:
+      ValueError: the model has no adapter.
+    """
+    from lora_jax.lora_init import starts_in_weight
+
+    config = model.lora_config
+    if config is None:
+        raise ValueError("the model has no adapter to save; make one with get_peft_model")
+    plain = dataclasses.replace(config, init_lora_weights=True, loftq_config=None)
+    if not starts_in_weight(config.start):
+        return plain
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return dataclasses.replace(
+        plain,
+        r=2 * config.r,
+        lora_alpha=factor * config.lora_alpha,
+        rank_pattern={name: 2 * rank for name, rank in config.rank_pattern.items()},
+        alpha_pattern={name: factor * alpha for name, alpha in config.alpha_pattern.items()},
+    )
 
 
 def save_adapter(model: "CausalLM", folder: Path, *, overwrite: bool = False, expert_layout: str | None = None) -> Path:
@@ -86,28 +119,32 @@ def save_adapter(model: "CausalLM", folder: Path, *, overwrite: bool = False, ex
       ValueError: the model has no adapter, a value in it is not finite, or the layout is unknown or impossible.
       FileExistsError, OSError: the folder exists, cannot be written, or the disk is full.
     """
-    if model.lora_config is None:
-        raise ValueError("the model has no adapter to save; make one with get_peft_model")
+    written = written_config(model)
     if expert_layout not in (None, *LAYOUTS):
         raise ValueError(f"expert_layout={expert_layout!r} is unknown; known are {', '.join(LAYOUTS)}, or None")
     if expert_layout == "fused" and model.config.moe is None:
         raise ValueError(f"expert_layout='fused' is for mixtures of experts; {model.config.architecture} has none")
-    tensors, config = adapter_tensors(model), _peft_config(model)
+    tensors, config = adapter_tensors(model), _peft_config(model, written)
     if config.get("ensure_weight_tying"):
         tensors |= _tied_head(model, tensors)
     modules = _modules(model)
     adapted = [name for name, has_adapter in modules.items() if has_adapter]
-    layout = expert_layout or default_layout(model.config, adapted, model.lora_config.lora_dropout)
+    layout = expert_layout or default_layout(model.config, adapted, written.lora_dropout)
     if layout == "fused":
-        tensors = fuse(tensors, model.config, model.lora_config.r)
+        if written.rank_pattern or written.alpha_pattern:
+            raise ValueError(
+                "rank_pattern and alpha_pattern cannot be written together with experts in PEFT's fused layout; train "
+                "with one rank and alpha, or export the merged model"
+            )
+        tensors = fuse(tensors, model.config, written.r)
         config = config_of_fused(config, modules, model.config)
     if bad := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise ValueError(f"the adapter is not finite in {bad[0]} ({len(bad)} tensors); nothing was written")
     with folder_aside(folder, overwrite, kept=[model.source]) as aside:
         # Not the library's writer: its errors hide that the disk is full.
-        write_file(
-            aside / _WEIGHTS, {k: t.shape for k, t in tensors.items()}, tensors.__getitem__, np.dtype(np.float32)
-        )
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        dtypes = dict.fromkeys(shapes, np.dtype(np.float32))
+        write_file(aside / _WEIGHTS, Contents(shapes, dtypes, lambda name: [tensors[name]]))
         (aside / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -120,6 +157,14 @@ def base_of_adapter(folder: Path) -> str:
     return name
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter off its model: what `load_adapter` puts on one."""
+
+    config: "LoraConfig"
+    tensors: dict[str, np.ndarray]  # float32 by PEFT's names; of experts, those of single ones
+
+
 def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
     """Puts a PEFT adapter on a base model, in place, to use it or to continue its training.
 
@@ -128,14 +173,54 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
       ValueError: the model has an adapter already, the adapter uses a feature that is not implemented, or it was made
         for another model.
     """
+    if model.lora_config is not None:
+        raise ValueError("the model has an adapter already; load the base model again to put another on it")
+    return put_on(model, read_adapter(model, folder))
+
+
+def put_on(model: "CausalLM", adapter: Adapter) -> "CausalLM":
+    """Puts an adapter that was read for this model on it, in place, instead of the one it may have.
+
+    Raises:
+      ValueError: the adapter was made for another model; nothing is changed.
+    """
+    from lora_jax.lora import get_peft_model
+
+    _check_tensors(model, adapter.config, adapter.tensors, "put_on")
+    if model.lora_config is not None:
+        take_off(model)
+    get_peft_model(model, adapter.config, verbose=False)
+    for name, part in _parts(model).items():
+        part.write(adapter.tensors[name])
+    return model
+
+
+def take_off(model: "CausalLM") -> Adapter:
+    """Removes the model's adapter, in place, and returns it, as it would be written.
+
+    Raises:
+      ValueError: the model has no adapter.
+    """
+    adapter = Adapter(written_config(model), adapter_tensors(model))
+    for _, _, module in model.module.named_modules():
+        for attribute in ("lora_a", "lora_b", "start_a", "start_b", "lora_magnitude", "trained"):
+            if getattr(module, attribute, None) is not None:
+                setattr(module, attribute, nnx.data(None))
+    model.lora_config = None
+    return adapter
+
+
+def read_adapter(model: "CausalLM", folder: str | Path) -> Adapter:
+    """Reads a PEFT adapter for a base model, which is not changed; errors as of `load_adapter`.
+
+    That it names another base is said (to stderr): one model has several names.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    from lora_jax.lora import for_decoder, get_peft_model, regex_of
+    from lora_jax.lora import for_decoder, regex_of
 
     folder = Path(folder)
-    if model.lora_config is not None:
-        raise ValueError("the model has an adapter already; load the base model again to put another on it")
     peft = _read_config(folder)
     if not (folder / _WEIGHTS).exists():
         raise FileNotFoundError(
@@ -154,12 +239,13 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
         peft |= {"target_modules": regex_of(modules_of(tensors)), "layers_to_transform": None}
+        peft |= {"rank_pattern": {}, "alpha_pattern": {}}  # of experts alone, for gate and up together
     config = for_decoder(model.module, _lora_config(peft))
     _check_tensors(model, config, tensors, folder)
-    get_peft_model(model, config, verbose=False)
-    for name, part in _parts(model).items():
-        part.write(tensors[name])
-    return model
+    base = peft.get("base_model_name_or_path")
+    if base and Path(base).name != Path(model.name_or_path).name:
+        say(f"{folder}: the adapter was trained on {base}, and is put on {model.name_or_path}")
+    return Adapter(config, {name: tensor.astype(np.float32) for name, tensor in tensors.items()})
 
 
 def _tied_head(model: "CausalLM", tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -200,15 +286,18 @@ def _without_base(model: "CausalLM", tensors: dict[str, np.ndarray], folder: Pat
     return {name: tensor for name, tensor in tensors.items() if name not in base}
 
 
-def _check_tensors(model: "CausalLM", config: "LoraConfig", tensors: dict[str, np.ndarray], folder: Path) -> None:
+def _check_tensors(model: "CausalLM", config: "LoraConfig", tensors: dict[str, np.ndarray], folder: Path | str) -> None:
     """Refuses an adapter of another model before the model is changed."""
     from lora_jax.lora import adapter_shapes
 
     wanted = {}
     for module, (k, n) in adapter_shapes(model, config).items():
         a, b = _EMBEDDING if module.endswith("embed_tokens") else _LINEAR
-        wanted[f"{_ROOT}{module}.{a}"] = (config.r, k)
-        wanted[f"{_ROOT}{module}.{b}"] = (n, config.r)
+        rank = config.rank_of(module)
+        wanted[f"{_ROOT}{module}.{a}"] = (rank, k)
+        wanted[f"{_ROOT}{module}.{b}"] = (n, rank)
+        if config.use_dora:
+            wanted[f"{_ROOT}{module}.{_MAGNITUDE}"] = (n,)
     for name, slot in model.module.slots().items():
         if name.removesuffix(".weight").rpartition(".")[2] in config.modules_to_save:
             wanted[f"{_ROOT}{name}"] = slot.shape
@@ -249,15 +338,15 @@ def _attributes(module) -> Iterator[tuple[str, str, bool]]:
         a, b = _EMBEDDING if isinstance(module, Embedding) else _LINEAR
         yield "lora_a", a, True
         yield "lora_b", b, True
+    if getattr(module, "lora_magnitude", None) is not None:
+        yield "lora_magnitude", _MAGNITUDE, False
     if getattr(module, "trained", None) is not None:
         yield "trained", "weight", False
 
 
-def _peft_config(model: "CausalLM") -> dict[str, Any]:
+def _peft_config(model: "CausalLM", config: "LoraConfig") -> dict[str, Any]:
     from lora_jax.lora import target_names_for_peft
 
-    config = model.lora_config
-    assert config is not None
     targets = target_names_for_peft(model)
     layers = None if isinstance(targets, str) else config.layers_to_transform  # a regex has them in it
     embedding = model.module.embed_tokens
@@ -274,11 +363,13 @@ def _peft_config(model: "CausalLM") -> dict[str, Any]:
         "layers_to_transform": None if layers is None else sorted(layers),
         "layers_pattern": None if layers is None else "layers",
         "use_rslora": config.use_rslora,
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
+        **({"rank_pattern": dict(config.rank_pattern)} if config.rank_pattern else {}),
+        **({"alpha_pattern": dict(config.alpha_pattern)} if config.alpha_pattern else {}),
         **({"ensure_weight_tying": True} if tied else {}),
     }
 
@@ -290,11 +381,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: peft_type is {config.get('peft_type')!r}; only 'LORA' adapters can be loaded")
     fused = config.get("target_parameters")
     for name, off in _UNSUPPORTED.items():
-        of_experts = (
-            fused and name.endswith("_pattern") and all(k.endswith("gate_up_proj") for k in config.get(name) or ())
-        )
-        if config.get(name) and config[name] != off and not of_experts:
+        if config.get(name) and config[name] != off:
             raise ValueError(f"{folder}: the adapter has {name}={config[name]!r}, which is not implemented")
+    start = str(config.get("init_lora_weights"))
+    if start.startswith(_CHANGES_BASE):
+        raise ValueError(
+            f"{folder}: the adapter has init_lora_weights={start!r}, so it belongs on a base whose weights that start "
+            "changed; save it in PEFT with path_initial_model_for_weight_conversion, which makes it an ordinary one"
+        )
+    for name in ("rank_pattern", "alpha_pattern") if fused else ():
+        if any(not key.endswith("gate_up_proj") for key in config.get(name) or ()):
+            raise ValueError(
+                f"{folder}: the adapter has {name}={config[name]!r}, which is not implemented beside target_parameters"
+            )
     needed = ("r", "lora_alpha") if fused else ("r", "lora_alpha", "target_modules")
     if missing := [name for name in needed if config.get(name) is None]:
         raise ValueError(f"{folder / _CONFIG} has no {missing[0]!r}; copy or save the adapter again")
@@ -311,6 +410,9 @@ def _lora_config(peft: dict[str, Any]) -> "LoraConfig":
         lora_dropout=peft.get("lora_dropout", 0.0),
         target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
         use_rslora=peft.get("use_rslora", False),
+        use_dora=bool(peft.get("use_dora")),
+        rank_pattern=peft.get("rank_pattern") or {},
+        alpha_pattern=peft.get("alpha_pattern") or {},
         layers_to_transform=peft.get("layers_to_transform"),
         # PEFT may add the full name.
         modules_to_save=tuple(dict.fromkeys(name.rpartition(".")[2] for name in peft.get("modules_to_save") or ())),

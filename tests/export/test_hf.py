@@ -261,7 +261,7 @@ def test_lora_only_and_messages(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"save_method": "merged_4bit"}, "save_method='merged_4bit' is unknown; known are 'merged_16bit' and 'lora'"),
+        ({"save_method": "merged_8bit"}, "save_method='merged_8bit' is unknown; known are merged_16bit, merged_4bit, "),
         ({"merge_base": "quantised"}, "merge_base='quantised' is unknown; known are dequantized, original"),
         ({"dtype": "int8"}, "dtype='int8' is unknown; known are bfloat16, float16, float32"),
     ],

@@ -147,10 +147,10 @@ def edit_tensors(folder: Path, change) -> None:
 A = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 B = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 REFUSED = {
-    "dora": (lambda f: edit_config(f, use_dora=True), ValueError, "use_dora=True, which is not implemented"),
+    "dora": (lambda f: edit_config(f, use_dora=True), ValueError, "it lacks .*lora_magnitude_vector"),
+    "pissa": (lambda f: edit_config(f, init_lora_weights="pissa_niter_4"), ValueError, "path_initial_model_for_weight"),
     "bias": (lambda f: edit_config(f, bias="all"), ValueError, "bias='all'"),
-    "ranks": (lambda f: edit_config(f, rank_pattern={"q_proj": 8}), ValueError, "rank_pattern={'q_proj': 8}"),
-    "alphas": (lambda f: edit_config(f, alpha_pattern={"q_proj": 8}), ValueError, "alpha_pattern="),
+    "ranks": (lambda f: edit_config(f, rank_pattern={"q_proj": 8}), ValueError, r"wants \[8, 64\]"),
     "lora bias": (lambda f: edit_config(f, lora_bias=True), ValueError, "lora_bias=True"),
     "replicated": (lambda f: edit_config(f, layer_replication=[[0, 1]]), ValueError, "layer_replication="),
     "tokens": (lambda f: edit_config(f, trainable_token_indices=[3]), ValueError, r"trainable_token_indices=\[3\]"),

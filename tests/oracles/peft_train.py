@@ -1,7 +1,8 @@
 """Train a LoRA adapter with transformers + PEFT + torch AdamW, one optimizer step per entry of BATCHES.npz.
 
 CONFIG.json: `lr` (a number, or one per step), `weight_decay`, `eps`, `betas`, optional `max_grad_norm` and `seed` (of
-PEFT's init); `alpha` and every other key go to peft.LoraConfig by its own names (r, target_modules, use_rslora, ...).
+PEFT's init), `loraplus_lr_ratio` (PEFT's LoRA+ optimizer); `alpha` and every other key go to peft.LoraConfig by its own
+names (r, target_modules, use_rslora, ...).
 BATCHES.npz: `input_ids`, `labels` (-100: no loss), `attention_mask`, each [steps, A, B, T], padded on the right.
 The loss of a step is sum(nll) / number of label tokens over all A micro-batches. OUT_DIR receives losses.npy and
 grad_norms.npy (before clipping) [steps], first_grads.safetensors (before clipping, PEFT's file names), init/ (the
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 from hf_model import load_causal_lm
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-TRAIN_KEYS = ("lr", "weight_decay", "eps", "betas", "max_grad_norm", "seed")
+TRAIN_KEYS = ("lr", "weight_decay", "eps", "betas", "max_grad_norm", "seed", "loraplus_lr_ratio")
 
 
 def make_model(model_dir: Path, base_weights: Path | None, config: dict, init_dir: Path | None):
@@ -31,7 +33,7 @@ def make_model(model_dir: Path, base_weights: Path | None, config: dict, init_di
     model = get_peft_model(load_causal_lm(model_dir, base_weights=base_weights), lora_config)
     if init_dir is not None:
         initial = load_file(init_dir / "adapter_model.safetensors")
-        wanted = set(get_peft_model_state_dict(model))
+        wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
         if set(initial) != wanted:
             raise SystemExit(f"{init_dir}: tensors differ from the config's: {sorted(set(initial) ^ wanted)[:5]}")
         set_peft_model_state_dict(model, initial)
@@ -70,9 +72,14 @@ def main() -> None:
     model.save_pretrained(args.out_dir / "init")
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # foreach=False: the plain per-tensor formula.
-    optimizer = torch.optim.AdamW(
-        params.values(), betas=config["betas"], eps=config["eps"], weight_decay=config["weight_decay"], foreach=False
-    )
+    options = {"betas": config["betas"], "eps": config["eps"], "foreach": False}
+    ratio, decay = config.get("loraplus_lr_ratio"), config["weight_decay"]
+    if ratio is None:
+        optimizer = torch.optim.AdamW(params.values(), weight_decay=decay, **options)
+    else:
+        options |= {"loraplus_lr_ratio": ratio, "loraplus_weight_decay": decay}
+        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1.0, loraplus_lr_embedding=1.0, **options)
+    factors = [1.0 if ratio is None else group["lr"] for group in optimizer.param_groups]
     losses, grad_norms = [], []
     for step in range(steps):
         optimizer.zero_grad()
@@ -82,7 +89,8 @@ def main() -> None:
             save_file(grads, args.out_dir / "first_grads.safetensors")
         max_norm = config.get("max_grad_norm", float("inf"))
         grad_norms.append(torch.nn.utils.clip_grad_norm_(params.values(), max_norm).item())
-        optimizer.param_groups[0]["lr"] = float(lrs[step])
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
+            group["lr"] = float(lrs[step]) * factor
         optimizer.step()
     np.save(args.out_dir / "losses.npy", np.array(losses))
     np.save(args.out_dir / "grad_norms.npy", np.array(grad_norms))
