@@ -1,11 +1,13 @@
 """Loads a Hugging Face checkpoint into a model, tensor by tensor, quantised on the way to the device."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from lora_jax.fp8 import block_size
@@ -20,6 +22,7 @@ from lora_jax.models.linear import Linear, set_layer
 from lora_jax.models.moe import Router
 from lora_jax.models.registry import config_from_hf
 from lora_jax.reporting import console
+from lora_jax.sharding import check, make_mesh, shardings_of
 
 __all__ = ["from_pretrained", "load", "load_decoder", "load_tokenizer"]
 
@@ -36,6 +39,7 @@ def from_pretrained(
     dtype: DTypeLike | None = None,
     max_seq_length: int | None = None,
     offload_embedding: bool = False,
+    mesh: str | Mapping[str, int] | Mesh | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     progress: bool = True,
@@ -52,6 +56,8 @@ def from_pretrained(
         (float16 becomes bfloat16).
       max_seq_length: longest row that will be trained on; must not exceed what the model was made for.
       offload_embedding: keep the table of token embeddings in the host's memory; see `CausalLM.offload_embedding`.
+      mesh: load straight into the memory of several devices: "auto", sizes such as {"fsdp": 8}, or a mesh; see
+        `CausalLM.shard`. None for one device.
       revision: branch, tag or commit of a hub repository.
       token: hub token for gated repositories; None for the one logged in with.
       progress: show a progress bar.
@@ -71,6 +77,7 @@ def from_pretrained(
         dtype=dtype,
         max_seq_length=max_seq_length,
         offload_embedding=offload_embedding,
+        mesh=mesh,
         revision=revision,
         token=token,
         progress=progress,
@@ -87,6 +94,7 @@ def load(
     dtype: DTypeLike | None,
     max_seq_length: int | None,
     offload_embedding: bool,
+    mesh: str | Mapping[str, int] | Mesh | None,
     revision: str | None,
     token: str | bool | None,
     progress: bool,
@@ -109,6 +117,7 @@ def load(
             dtype=dtype,
             max_seq_length=max_seq_length,
             offload_embedding=offload_embedding,
+            mesh=mesh,
             revision=None,  # that of the adapter's repository
             token=token,
             progress=progress,
@@ -140,8 +149,11 @@ def load(
     stored = "bfloat16" if stored == "float16" else stored  # the range of float16 is too small to train in
     model_dtype = _resolve_dtype(stored if dtype is None else dtype)
     nf4 = load_in_4bit and ("nf4-double" if double_quantize else "nf4")
+    if mesh is not None:
+        stored_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        mesh = make_mesh(mesh, model_bytes=stored_bytes // 4 if load_in_4bit else stored_bytes)
     try:
-        options: Any = {"nf4": nf4 or None, "dtype": model_dtype, "progress": progress}
+        options: Any = {"nf4": nf4 or None, "dtype": model_dtype, "mesh": mesh, "progress": progress}
         module = load_decoder(checkpoint, hf_config, offload_embedding=offload_embedding, **options)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
@@ -150,7 +162,7 @@ def load(
         raise MemoryError(f"the weights of {folder} do not fit on {jax.devices()[0]}.{hint} ({error})") from error
     name = str(model_name)
     model = CausalLM(module, hf_config=hf_config, source=folder, name_or_path=name, max_seq_length=max_seq_length)
-    return model, tokenizer
+    return model if mesh is None else model.shard(mesh), tokenizer
 
 
 def load_tokenizer(folder: Path):
@@ -170,9 +182,10 @@ def load_decoder(
     nf4: str | None,
     dtype: DTypeLike,
     offload_embedding: bool = False,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> Decoder:
-    """Loads the weights. Peak host memory is one tensor; peak device memory is the result and one tensor.
+    """Loads the weights. Peak host memory is one tensor; peak device memory is its part of the result and one tensor.
 
     Args:
       checkpoint: the files.
@@ -180,6 +193,7 @@ def load_decoder(
       nf4: None for weights in `dtype`, "nf4" for NF4 blocks, "nf4-double" for NF4 with quantised scales.
       dtype: of everything that is not quantised.
       offload_embedding: keep the embedding table in the host's memory.
+      mesh: of the devices that hold the weights; None for one.
       progress: show a progress bar.
 
     Raises:
@@ -196,6 +210,8 @@ def load_decoder(
     states = {name: checkpoint.quant_state(name) for name in shapes}
     storage = _choose_storage(plain, states, nf4)
     model = Decoder(config, dtype, _by_layer(plain, storage))
+    if mesh is not None:
+        check(config, mesh)
     for name, stack, module in model.named_modules():
         form = storage.get(f"{next(full_names(name, stack, module))[0]}.weight")
         if form is not None:
@@ -205,11 +221,12 @@ def load_decoder(
         slot = slots[name]
         like = slot.variable.get_value()
         new = _read(checkpoint, name, states[name], like)
+        where = None if mesh is None else shardings_of(name, like, mesh)
         if slot.index is None:
-            slot.variable.set_value(new)
+            slot.variable.set_value(new if where is None else jax.device_put(new, where))
         else:
             if isinstance(jax.tree.leaves(like)[0], jax.ShapeDtypeStruct):
-                like = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
+                like = _zeros(like, where)
             slot.variable.set_value(set_layer(like, new, slot.index))
         if offload_embedding and slot.owner is model.embed_tokens:
             model.embed_tokens.offload()
@@ -318,6 +335,15 @@ def _read_nf4(checkpoint: Checkpoint, name: str, state: QuantState) -> NF4Weight
         return NF4Weight(packed, absmax)
     nested = part(".nested_absmax", spec.nested_absmax), part(".nested_quant_map", spec.nested_code)
     return NF4Weight(packed, absmax, nested[0], jnp.float32(state.nested_offset), nested[1])
+
+
+def _zeros(like, shardings):
+    """Zeros in place of `jax.ShapeDtypeStruct`s, made where they shall lie."""
+    if shardings is None:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
+    return jax.tree.map(
+        lambda s, place: jax.jit(lambda: jnp.zeros(s.shape, s.dtype), out_shardings=place)(), like, shardings
+    )
 
 
 _quantize = jax.jit(quantize, static_argnums=1)

@@ -20,6 +20,7 @@ from lora_jax.batches import BatchIterator
 from lora_jax.guards import StopSignals, TrainableCheck, check_finite, explain_out_of_memory, is_out_of_memory
 from lora_jax.optim import keep_on_host, make_optimizer, stop_at_nonfinite
 from lora_jax.reporting import MetricsFile, ProgressBar, device_memory, plot_loss, read_metrics, say
+from lora_jax.sharding import describe, put_beside
 from lora_jax.step import PlannedStep, bytes_held
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class Run:
         _, lora, self.frozen = trainer.model.split()
         self.lora = _committed(lora)
         self.opt_state = _committed(optimizer.init(lora))
+        if trainer.mesh is not None:
+            self.opt_state = put_beside(self.opt_state, lora, trainer.mesh)
         self.check = TrainableCheck()
         self.pending: deque[_Step] = deque()  # steps whose numbers have not been read
         self.interval: list[float] = []  # losses since the last log
@@ -410,7 +413,9 @@ class Run:
         total = _parameter_count(trainer.model, self.lora, self.frozen)
         tokens = sum(len(example) for example in examples)
         labels = sum(int((example.labels != -100).sum()) for example in examples)
-        rows, micro = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        rows, micro = trainer._train_rows, args.gradient_accumulation_steps
+        if trainer.mesh is not None:
+            say(f"Mesh: {describe(trainer.mesh)}")
         say(f"Trainable parameters: {trained:,} of {total:,} ({100 * trained / total:.2f} %)")
         say(f"Examples: {len(examples):,} with {tokens:,} tokens, {labels:,} of them trained on")
         if self.batches.efficiency is not None:

@@ -1,6 +1,7 @@
 """The training step as a pure function of arrays."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,15 @@ import optax
 from flax import nnx
 
 from lora_jax.cards import this_card
+from lora_jax.kernels import parallel
 from lora_jax.kernels.loss.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from lora_jax.plan import Workload, budget_of, choose, memory, of_step, scans_layers
 from lora_jax.remat import RematPlan
+from lora_jax.sharding import hold_beside, over_devices, row_shards
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from lora_jax.model import CausalLM
 
 __all__ = ["PlannedStep", "bytes_held", "make_eval_step", "make_train_step", "sum_of_losses", "train_step"]
@@ -76,10 +81,10 @@ def sum_of_losses(
         how["counted"] = batch.get("attention_mask", jnp.ones_like(ids))
     x, load = model(ids, batch.get("positions"), batch.get("segment_start"), **how)
     # The state at t predicts the token at t + 1; the first token of a packed document carries no label.
-    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
+    targets = parallel.shifted(labels, IGNORE_INDEX)
     loss, count = linear_cross_entropy(x.reshape(-1, x.shape[-1]), model.head(), targets.reshape(-1))
     if router_aux_loss_coef is not None:
-        loss += router_aux_loss_coef * load.balancing_loss() * count
+        loss += router_aux_loss_coef * parallel.total(load).balancing_loss() * count
     return loss, count
 
 
@@ -95,6 +100,7 @@ def train_step(
     scan_layers: bool = True,
     dropout: bool = False,
     router_aux_loss_coef: float | None = None,
+    mesh: "Mesh | None" = None,
 ) -> tuple[nnx.State, optax.OptState, dict[str, Any]]:
     """One optimizer step over A micro-batches; pure, so it can be jitted, differentiated or sharded.
 
@@ -111,12 +117,46 @@ def train_step(
       scan_layers: False to write all layers out: faster, and longer to compile.
       dropout: whether the adapters' dropout is on.
       router_aux_loss_coef: see `sum_of_losses`; None to leave that loss out.
+      mesh: of the devices that share the work, see `lora_jax.sharding`; None for one device.
 
     Returns:
       (lora, opt_state, metrics) with metrics "loss" (mean, nats), "grad_norm" (global, before any clipping),
       "num_label_tokens" and "leaf_grad_norms" (by path; one norm a layer for stacked leaves).
     """
-    key = jax.random.key(batch["seed"]) if dropout else None
+    how: Any = dict(remat=remat, scan_layers=scan_layers, dropout=dropout, router_aux_loss_coef=router_aux_loss_coef)
+    gradients = functools.partial(_sum_of_gradients, graph, **how)
+    if mesh is not None:
+        gradients = over_devices(gradients, mesh, gradients=True)
+    loss, count, grads = gradients(lora, frozen, batch)
+    scale = 1 / jnp.maximum(count, 1).astype(jnp.float32)
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    norms = _leaf_norms(grads)
+    metrics = {
+        "loss": loss * scale,
+        "grad_norm": jnp.sqrt(sum(jnp.sum(n * n) for n in norms.values())),
+        "num_label_tokens": count,
+        "leaf_grad_norms": norms,
+    }
+    updates, opt_state = optimizer.update(grads, opt_state, lora)
+    lora = optax.apply_updates(lora, updates)  # pyright: ignore[reportAssignmentType]
+    if mesh is not None:
+        lora, opt_state = hold_beside(lora, lora, mesh), hold_beside(opt_state, lora, mesh)
+    return lora, opt_state, metrics
+
+
+def _sum_of_gradients(
+    graph: nnx.GraphDef,
+    lora: nnx.State,
+    frozen: nnx.State,
+    batch: Batch,
+    *,
+    dropout: bool,
+    remat: str | RematPlan,
+    scan_layers: bool,
+    router_aux_loss_coef: float | None,
+) -> tuple[jax.Array, jax.Array, nnx.State]:
+    """Sums over micro-batches [A, B, T]: (loss, number of label tokens, gradient by lora)."""
+    key = parallel.place_key(jax.random.key(batch["seed"])) if dropout else None
     batch = {name: array for name, array in batch.items() if name != "seed"}
 
     def micro_step(carry, micro):
@@ -136,17 +176,7 @@ def train_step(
         (loss, count, grads), _ = micro_step(start, (jnp.int32(0), jax.tree.map(lambda x: x[0], batch)))
     else:
         (loss, count, grads), _ = jax.lax.scan(micro_step, start, (jnp.arange(n_micro), batch))
-    scale = 1 / jnp.maximum(count, 1).astype(jnp.float32)
-    grads = jax.tree.map(lambda g: g * scale, grads)
-    norms = _leaf_norms(grads)
-    metrics = {
-        "loss": loss * scale,
-        "grad_norm": jnp.sqrt(sum(jnp.sum(n * n) for n in norms.values())),
-        "num_label_tokens": count,
-        "leaf_grad_norms": norms,
-    }
-    updates, opt_state = optimizer.update(grads, opt_state, lora)
-    return optax.apply_updates(lora, updates), opt_state, metrics  # pyright: ignore[reportReturnType]
+    return loss, count, grads
 
 
 def make_train_step(
@@ -207,6 +237,7 @@ def _jitted(
 
     def step(lora, opt_state, frozen, batch):
         how: Any = dict(remat=plan, scan_layers=scans, dropout=dropout, router_aux_loss_coef=router_aux_loss_coef)
+        how["mesh"] = model.mesh
         return train_step(lora, opt_state, frozen, batch, graph=graph, optimizer=optimizer, **how)
 
     return jax.jit(step, donate_argnums=(0, 1))
@@ -250,6 +281,9 @@ class PlannedStep:
         if shapes not in self._compiled:
             work = of_step(self._model, lora, opt_state, frozen, batch)
             work = dataclasses.replace(work, scan_layers=bool(self._scan_layers))
+            if (mesh := self._model.mesh) is not None:  # what one device has of it
+                rows, length = work.batch // row_shards(mesh), work.length // mesh.shape["context"]
+                work = dataclasses.replace(work, batch=rows, length=length)
             plan, self._compiled[shapes] = self._fit(work, (lora, opt_state, frozen, batch))
             self.plans[batch["input_ids"].shape] = plan
         return self._compiled[shapes]
@@ -290,8 +324,12 @@ def make_eval_step(model: "CausalLM") -> Callable:
     """Jitted eval_step(lora, frozen, batch [B, T]) -> {"loss_sum": float32 [], "num_label_tokens": int32 []}."""
     graph, _, _ = model.split()
 
+    losses = functools.partial(sum_of_losses, graph)
+    if model.mesh is not None:
+        losses = over_devices(losses, model.mesh, gradients=False)
+
     def step(lora, frozen, batch):
-        loss, count = sum_of_losses(graph, lora, frozen, batch)
+        loss, count = losses(lora, frozen, batch)
         return {"loss_sum": loss, "num_label_tokens": count}
 
     return jax.jit(step)

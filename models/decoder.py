@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from lora_jax.kernels import parallel
 from lora_jax.kernels.attention import flash_attention
 from lora_jax.kernels.kept import named
 from lora_jax.kernels.loss import Head
@@ -188,10 +189,11 @@ class Attention(nnx.Module):
             scale=self.scale,
             sinks=value(self.sinks),
         )
-        return self.o_proj(out.reshape(*x.shape[:2], -1), context.key(layer, 3)), cache
+        return parallel.leave(self.o_proj(out.reshape(*x.shape[:2], -1), context.key(layer, 3))), cache
 
     def _project(self, x, context: Context, layer) -> Sequence[jax.Array]:
         """q, k, v: [B, T, features] each."""
+        x = parallel.enter(x)
         if hasattr(self, "qkv_proj"):
             qkv = self.qkv_proj(x, context.key(layer, 0))
             return jnp.split(qkv, (qkv.shape[-1] - 2 * self.kv_dim, qkv.shape[-1] - self.kv_dim), axis=-1)
@@ -226,7 +228,7 @@ class MLP(nnx.Module):
         if not hasattr(self, "gate_up_proj"):
             layers = enumerate((self.gate_proj, self.up_proj, self.down_proj), start=4)
             projections = (one.projection(context.key(layer, site)) for site, one in layers)
-            return lora_mlp(x, *projections, activation=self.activation)
+            return parallel.leave(lora_mlp(parallel.enter(x), *projections, activation=self.activation))
         gate, up = jnp.split(self.gate_up_proj(x, context.key(layer, 4)), 2, axis=-1)
         gate, up = named(gate, "gate"), named(up, "up")
         return self.down_proj(ACTIVATIONS[self.activation](gate) * up, context.key(layer, 6))
@@ -356,8 +358,9 @@ class Decoder(nnx.Module):
         """
         offset = 0 if cache is None else cache.length
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]) + offset, input_ids.shape)
-        keys = input_ids.shape[1] if cache is None else cache.keys[0].shape[2]
+            here = jnp.arange(input_ids.shape[1]) + parallel.first_token(input_ids.shape[1])
+            positions = jnp.broadcast_to(here + offset, input_ids.shape)
+        keys = input_ids.shape[1] * parallel.size("context") if cache is None else cache.keys[0].shape[2]
         context = _context(self.config, positions, segment_start, offset, keys, dropout_key)
         context = dataclasses.replace(context, mlp_rows=mlp_rows, counted=counted)
         x = self.embed_tokens(input_ids, self.dtype, inputs_embeds)
@@ -477,7 +480,8 @@ def _context(config: DecoderConfig, positions, segment_start, offset, keys: int,
     cos, sin = zip(*(_rope_tables(config, rope, positions) for _, rope in distinct), strict=True)
     starts = [segment_start] * len(distinct)
     if mixed:
-        index = jnp.broadcast_to(jnp.arange(positions.shape[1], dtype=jnp.int32) + offset, positions.shape)
+        here = jnp.arange(positions.shape[1], dtype=jnp.int32) + parallel.first_token(positions.shape[1])
+        index = jnp.broadcast_to(here + offset, positions.shape)
         segment_start = jnp.zeros_like(index) if segment_start is None else segment_start
         starts = [segment_start if w is None else jnp.maximum(segment_start, index - w + 1) for w, _ in distinct]
     if len(distinct) == 1:
@@ -522,6 +526,8 @@ def _run_stack(stack: Block, start: int, count: int, x: jax.Array, load, context
     are cut.
     """
     graph, trained, frozen = nnx.split(stack, nnx.LoRAParam, ...)
+    if wrapper is None and any(isinstance(leaf, parallel.Shard) for leaf in jax.tree.leaves(frozen, is_leaf=_is_nf4)):
+        wrapper = parallel.keep_all_but_gathered
 
     def layer(x, index, trained, weights=None):
         x = named(x, "input")
@@ -575,11 +581,13 @@ _together.defvjp(_together_fwd, _together_bwd)
 
 
 def _is_nf4(leaf) -> bool:
-    return isinstance(leaf, NF4Weight)
+    return isinstance(leaf, NF4Weight | parallel.Shard)
 
 
 def _entry(leaf, index: jax.Array):
     """Entry `index` of a stack of arrays or NF4 weights; NF4 weights stay where they are, for the kernels."""
+    if isinstance(leaf, parallel.Shard):
+        return leaf.layer(index)
     if _is_nf4(leaf):
         layer = NF4Layer(leaf, index)
         return layer if leaf.shape[-1] % BLOCK == 0 else layer.cut()

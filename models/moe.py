@@ -16,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from lora_jax.kernels import parallel
 from lora_jax.kernels.grouped import grouped_lora_matmul
 from lora_jax.kernels.kept import named
 from lora_jax.kernels.nf4.mlp import ACTIVATIONS
@@ -169,16 +170,30 @@ class MoE(nnx.Module):
         """x [B, T, D] -> (the same as a call, how the tokens that `context.counted` counts fall on experts)."""
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen, scores = self.route(tokens)
-        order = jnp.argsort(chosen.reshape(-1))  # the pairs of token and expert, by expert
-        place = jnp.argsort(order)  # of each pair among them
-        group_sizes = jnp.bincount(chosen.reshape(-1), length=self.moe.num_experts)
         keys = [context.key(layer, site) for site in (8, 9, 10)]  # 4 to 6 are of a shared MLP, 7 of attention
-        y = self.experts(_rows_of_pairs(tokens, order, place), group_sizes.astype(jnp.int32), keys)
-        y = _permute(y, place, order).reshape(*chosen.shape, -1)
-        out = jnp.einsum("mk,mkd->md", weights, y, preferred_element_type=jnp.float32)
+        mine = self._here(tokens, weights, chosen)
+        out = parallel.rows_from_experts(self._routed(*mine, keys=keys))
         if self.moe.shared_size is not None:
             out += self._shared(tokens, context, layer)
         return out.astype(x.dtype).reshape(x.shape), self._load(chosen, scores, context.counted)
+
+    def _here(self, tokens: jax.Array, weights: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The arguments of `_routed` for the experts that this device has: all of them, unless "expert" shares them."""
+        if (devices := parallel.size("expert")) == 1:
+            return tokens, weights, chosen
+        tokens, weights, chosen = (parallel.rows_to_experts(x) for x in (tokens, weights, chosen))
+        chosen = parallel.local_labels(chosen, self.moe.num_experts // devices, ("expert",))
+        # The others come last, and belong to no expert.
+        return tokens, jnp.where(chosen < self.moe.num_experts // devices, weights, 0), chosen
+
+    def _routed(self, tokens: jax.Array, weights: jax.Array, chosen: jax.Array, *, keys: Sequence) -> jax.Array:
+        """What the experts add up to: tokens [M, D], weights and numbers of experts [M, k] -> float32 [M, D]."""
+        order = jnp.argsort(chosen.reshape(-1))  # the pairs of token and expert, by expert
+        place = jnp.argsort(order)  # of each pair among them
+        group_sizes = jnp.bincount(chosen.reshape(-1), length=self.moe.num_experts // parallel.size("expert"))
+        y = self.experts(_rows_of_pairs(tokens, order, place), group_sizes.astype(jnp.int32), keys)
+        y = _permute(y, place, order).reshape(*chosen.shape, -1)
+        return jnp.einsum("mk,mkd->md", weights, y, preferred_element_type=jnp.float32)
 
     def _load(self, chosen: jax.Array, scores: jax.Array, counted: jax.Array | None) -> RouterLoad | None:
         if counted is None:

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.kernels.attention import cudnn, xla
 from lora_jax.kernels.dispatch import on_gpu, resolve
 from lora_jax.kernels.kept import named
+from lora_jax.kernels.parallel import index, size, to_heads, to_sequence
 
 __all__ = ["flash_attention"]
 
@@ -66,6 +67,25 @@ def flash_attention(
     _check_shapes(q, k, v, segment_start, sinks)
     if window is not None and window < 1:
         raise ValueError(f"flash_attention: window counts the keys a query sees and must be at least 1, got {window}")
+    if size("context") > 1:
+        options: Any = dict(window=window, softcap=softcap, scale=scale, implementation=implementation)
+        return _over_context(q, k, v, segment_start, sinks, options)
+    return _attention(q, k, v, segment_start, query_offset, window, softcap, scale, sinks, implementation)
+
+
+def _over_context(q, k, v, segment_start, sinks, options) -> jax.Array:
+    """Attention of rows whose tokens are shared out: each device takes some heads of all tokens, and so equal work."""
+    if segment_start is not None:
+        segment_start = jax.lax.all_gather(segment_start, "context", axis=1, tiled=True)
+    if sinks is not None:
+        heads = sinks.shape[0] // size("context")
+        sinks = jax.lax.dynamic_slice_in_dim(sinks, index("context") * heads, heads)
+    q, k, v = to_heads(q), to_heads(k), to_heads(v)
+    return to_sequence(_attention(q, k, v, segment_start, 0, sinks=sinks, **options))
+
+
+def _attention(q, k, v, segment_start, query_offset, window, softcap, scale, sinks, implementation) -> jax.Array:
+    """`flash_attention` of arguments that fit, whose keys are all here."""
     factor: float = q.shape[-1] ** -0.5 if scale is None else float(scale)
     features = dict(segment_start=segment_start, query_offset=query_offset, window=window, softcap=softcap, sinks=sinks)
     plain = segment_start is None and window is None and softcap is None and sinks is None

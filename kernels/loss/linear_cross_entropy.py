@@ -21,6 +21,14 @@ import jax.numpy as jnp
 
 from lora_jax.kernels.dispatch import on_gpu, resolve
 from lora_jax.kernels.nf4 import NF4Weight, lora_matmul
+from lora_jax.kernels.parallel import (
+    local_labels,
+    log_sum_exp,
+    own_rows,
+    rows_from_vocabulary,
+    rows_to_vocabulary,
+    size,
+)
 
 __all__ = ["IGNORE_INDEX", "Head", "chunk_rows", "linear_cross_entropy"]
 
@@ -39,6 +47,8 @@ class Head:
     b: jax.Array | None = None  # LoRA factor [R, V]
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})  # factor of the LoRA product
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})  # c in c tanh(logits / c)
+    # Mesh axes that share out V: the weights are this device's share, see lora_jax.kernels.parallel.
+    axes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 of hidden states x [..., D]."""
@@ -108,9 +118,9 @@ def linear_cross_entropy(
         )
     supported = {"xla": None, "mosaic": lambda: _why_not_mosaic(x, head)}
     implementation = resolve("linear_cross_entropy", implementation, supported, on_gpu("mosaic"))
-    multiple, size = (_module("mosaic").ROWS, 2) if implementation == "mosaic" else (1, 4)
+    multiple, itemsize = (_module("mosaic").ROWS, 2) if implementation == "mosaic" else (1, 4)
     if chunk is None:
-        chunk = chunk_rows(vocab, size)
+        chunk = chunk_rows(vocab, itemsize) // (size("fsdp") if "fsdp" in head.axes else 1)
     chunks = -(-len(labels) // chunk)
     rows = -(-len(labels) // (chunks * multiple)) * multiple  # chunks of one size, with little padding
     padding = -len(labels) % rows
@@ -137,12 +147,19 @@ def _why_not_mosaic(x, head: Head) -> str | None:
     return _module("mosaic").why_not(x, head.weight)
 
 
-def _chunk_loss(logits, labels):
+def _chunk_loss(logits, labels, axes):
     """Loss of one chunk and the log-sum-exp of its rows: logits [C, V], labels [C]."""
     counted = labels != IGNORE_INDEX
-    lse = _log_sum_exp(logits)
+    lse = log_sum_exp(_log_sum_exp(logits), axes)
     target = jnp.take_along_axis(logits, jnp.where(counted, labels, 0)[:, None], axis=1)[:, 0]
-    return jnp.sum(jnp.where(counted, lse - target, 0.0)), lse
+    return _sum(lse, target, labels, logits.shape[1], axes), lse
+
+
+def _sum(lse, target, labels, vocab, axes):
+    """Sum of the losses of this device's rows; `target` is the label's logit where this device has its column."""
+    if axes:
+        target = jax.lax.psum(jnp.where(labels < vocab, target, 0.0), axes)
+    return jnp.sum(own_rows(jnp.where(labels != IGNORE_INDEX, lse - target, 0.0), axes))
 
 
 def _log_sum_exp(logits):
@@ -174,38 +191,46 @@ def _chunk_loss_and_gradient(x, trained, head, labels, implementation):
 
     if implementation == "mosaic":
         return _mosaic_loss_and_gradient(x, trained, head, labels)
+    x, labels = _to_vocabulary(x, labels, head)
 
     def product(x, trained):
         return dataclasses.replace(head, trained=trained[0], a=trained[1], b=trained[2])._product(x)
 
     raw, pull = jax.vjp(product, x, trained)
     logits = _capped(raw, head.softcap)
-    loss, lse = _chunk_loss(logits, labels)
+    loss, lse = _chunk_loss(logits, labels, head.axes)
     # A label that does not count equals no column.
     one_hot = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == labels[:, None]
     dlogits = jnp.where((labels != IGNORE_INDEX)[:, None], jnp.exp(logits - lse[:, None]), 0.0) - one_hot
     if head.softcap is not None:
         dlogits *= 1 - (logits / head.softcap) ** 2
-    return loss, pull(dlogits)
+    dx, dtrained = pull(dlogits)
+    return loss, (rows_from_vocabulary(dx, head.axes), dtrained)
 
 
-def _mosaic_loss(x, w, labels, softcap):
+def _to_vocabulary(x, labels, head):
+    """x and labels of all rows that this device has columns of the logits of, and the labels as such columns."""
+    labels = local_labels(rows_to_vocabulary(labels, head.axes), head.weight.shape[0], head.axes)
+    return rows_to_vocabulary(x, head.axes), labels
+
+
+def _mosaic_loss(x, w, labels, softcap, axes):
     """Loss of one chunk, log-sum-exp of its rows, and the logits as mosaic.py leaves them."""
     below, maximum, total = _module("mosaic").logits_and_statistics(x, w, softcap)
     top = jnp.max(maximum, axis=0)
-    lse = top + jnp.log(jnp.sum(total * jnp.exp(maximum - top), axis=0))
-    counted = labels != IGNORE_INDEX
-    chosen = w[jnp.where(counted, labels, 0)]
+    lse = log_sum_exp(top + jnp.log(jnp.sum(total * jnp.exp(maximum - top), axis=0)), axes)
+    chosen = w[jnp.where(labels != IGNORE_INDEX, labels, 0)]
     target = _capped(jnp.sum(x.astype(jnp.float32) * chosen.astype(jnp.float32), axis=1), softcap)
-    return jnp.sum(jnp.where(counted, lse - target, 0.0)), lse, below, maximum
+    return _sum(lse, target, labels, w.shape[0], axes), lse, below, maximum
 
 
 def _mosaic_loss_and_gradient(x, trained, head, labels):
     w = head.weight if trained[0] is None else trained[0]
-    loss, lse, below, maximum = _mosaic_loss(x, w.astype(x.dtype), labels, head.softcap)
+    x, labels = _to_vocabulary(x, labels, head)
+    loss, lse, below, maximum = _mosaic_loss(x, w.astype(x.dtype), labels, head.softcap, head.axes)
     dlogits = _module("triton").gradient(below, maximum, lse, labels, head.softcap)
     dx, dw = _matmul_bwd((x, w), dlogits)
-    return loss, (dx, (None if trained[0] is None else dw, None, None))
+    return loss, (rows_from_vocabulary(dx, head.axes), (None if trained[0] is None else dw, None, None))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -213,10 +238,11 @@ def _chunked(x, trained, head, labels, implementation):
     head = dataclasses.replace(head, trained=trained[0], a=trained[1], b=trained[2])
 
     def body(total, chunk):
+        rows, columns = _to_vocabulary(chunk[0], chunk[1], head)
         if implementation == "mosaic":
             w = head.weight if head.trained is None else head.trained
-            return total + _mosaic_loss(chunk[0], w.astype(x.dtype), chunk[1], head.softcap)[0], None
-        return total + _chunk_loss(head.logits(chunk[0]), chunk[1])[0], None
+            return total + _mosaic_loss(rows, w.astype(x.dtype), columns, head.softcap, head.axes)[0], None
+        return total + _chunk_loss(head.logits(rows), columns, head.axes)[0], None
 
     return jax.lax.scan(body, jnp.float32(0), (x, labels))[0]
 
