@@ -276,19 +276,39 @@ class Encoder:
                 notes.add("no_end_of_turn")
         return Encoded(ids, _labels(ids, trained), frozenset(notes))
 
-    def encode_text(self, text: str, response_start: int = 0) -> Encoded:
-        """Plain text, trained on from character `response_start`; BOS if the tokenizer adds one, and EOS at the end."""
+    def encode_text(self, text: str, spans: Sequence[tuple[int, int]] | None = None) -> Encoded:
+        """Plain text, trained on in character ranges; BOS if the tokenizer adds one, and EOS at the end.
+
+        Args:
+          text: EOS is not added to one that ends with it, whatever whitespace follows.
+          spans: [start, end) each; None for everything. EOS is trained on where the last one ends with the text.
+        """
         ids, starts, ends = self.offsets(text)
-        trained = _inside(starts, ends, (response_start, len(text))) if response_start else np.ones(len(ids), bool)
-        notes = {"straddles"} if response_start and _straddles(starts, ends, response_start) else set()
+        trained, notes = np.ones(len(ids), bool), set()
+        if spans is not None:
+            trained[:] = False
+            for span in spans:
+                trained |= _inside(starts, ends, span)
+                if span[0] and _straddles(starts, ends, span[0]):
+                    notes.add("straddles")
+        to_the_end = spans is None or any(end == len(text) for _, end in spans)
         if ids[: len(self.bos_ids)].tolist() != self.bos_ids:
             ids = np.concatenate([np.array(self.bos_ids, np.int32), ids])
             trained = np.concatenate([np.zeros(len(self.bos_ids), bool), trained])
         if self.eos_id is None:
             notes.add("no_eos")
-        elif not len(ids) or ids[-1] != self.eos_id:
-            ids, trained = np.append(ids, np.int32(self.eos_id)), np.append(trained, True)
+        elif not self._ends_with_eos(text, ids, starts, ends):
+            ids, trained = np.append(ids, np.int32(self.eos_id)), np.append(trained, to_the_end)
         return Encoded(ids, _labels(ids, trained), frozenset(notes))
+
+    def _ends_with_eos(self, text, ids, starts, ends) -> bool:
+        n = len(starts)  # BOS may stand before, which no part of the text does
+        for t in range(n - 1, -1, -1):
+            if ids[len(ids) - n + t] == self.eos_id:
+                return True
+            if text[starts[t] : ends[t]].strip():
+                return False
+        return False
 
     def _up_to_end_of_turn(self, text, ids, starts, ends, inside) -> tuple[bool, np.ndarray]:
         """(the turn ends with an end token, its token indices without the whitespace after that token)."""
@@ -354,6 +374,11 @@ def _closers(tokenizer: Any) -> dict[int, str]:
     tokens = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
     tokens |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     return {i: token for i, token in tokens.items() if token.strip() and not _BYTE.fullmatch(token)}
+
+
+def turn_enders(tokenizer: Any) -> list[str]:
+    """Tokens that can end a turn."""
+    return list(_closers(tokenizer).values())
 
 
 def _drops(message: Mapping[str, Any], text: str) -> bool:

@@ -272,9 +272,10 @@ def _train(settings: dict[str, Any]) -> None:
     base: Any = {"load_in_4bit": own["load_in_4bit"] is not False, "dtype": own["dtype"]}
     base["offload_embedding"] = bool(own["offload_embedding"])
     name = _absolute(own["model"])
-    if (config := resolve_folder(name, only_config=True) / "config.json").exists():  # not so for an adapter
+    config = resolve_folder(name, only_config=True) / "config.json"
+    if config.exists() and args.mesh is None:  # not so for an adapter; the account is of one device
         refuse_what_cannot_fit(read_json(config), peft_config, args, **base)
-    model, tokenizer = from_pretrained(name, **base, max_seq_length=args.max_length)
+    model, tokenizer = from_pretrained(name, **base, mesh=args.mesh, max_seq_length=args.max_length)
     if model.lora_config is not None:
         if lora_settings:
             raise UsageError(f"{name} is an adapter already, so {', '.join(lora_settings)} cannot be set anew")
@@ -371,59 +372,167 @@ def _prompt_ids(tokenizer: Any, text: str, chat: bool, system: str | None) -> li
 
 # ---- export -------------------------------------------------------------------------------------------------------
 
-_FORMATS = ("peft", "hf", "gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0")
+_TARGETS = "peft, hf, bnb-4bit, gguf:TYPE, gguf-lora, ollama:TYPE, ollama-lora:TYPE"
 
 
 @app.command(no_args_is_help=True)
 def export(
     source: _Source,
-    to: Annotated[list[str], typer.Option("--to", help=f"One of {', '.join(_FORMATS)}; may be repeated.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder; every format gets a folder in it: peft, hf, gguf.")],
+    to: Annotated[list[str], typer.Option("--to", help=f"One of {_TARGETS}; may be repeated.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder; every kind of target gets a folder in it.")],
     merge_base: Annotated[
         str,
         typer.Option(
-            help="What hf and gguf merge the adapter into: `dequantized`, the very weights it was trained on, or "
-            "`original`, the unquantised weights of the source."
+            help="What the adapter is merged into: `dequantized`, the very weights it was trained on, or `original`, "
+            "the unquantised weights of the source."
         ),
     ] = "dequantized",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace folders that exist.")] = False,
+    answers: Annotated[
+        bool,
+        typer.Option("--answers/--no-answers", help="Compare answers to fixed prompts, too, not tensors alone."),
+    ] = True,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(help="ORGANISATION/NAME to upload to; -KIND is added if there are several kinds of target."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Repositories that are made are not private.")] = False,
     load_in_4bit: _FourBit = None,
     dtype: _Dtype = None,
 ) -> None:
-    """Write a trained adapter for other programs.
+    """Write a trained adapter for other programs, and check what was written.
 
     \b
-    Formats:
-      peft       the adapter alone, for PEFT, transformers and vLLM
-      hf         base and adapter merged, a Hugging Face folder of 16-bit safetensors
-      gguf:TYPE  base and adapter merged, one file for llama.cpp and Ollama: f32, f16, bf16 or q8_0
+    Targets:
+      peft              the adapter alone, for PEFT, transformers and vLLM
+      hf                base and adapter merged, a Hugging Face folder of 16-bit safetensors
+      bnb-4bit          the same with linear layers in NF4, for transformers with bitsandbytes
+      gguf:TYPE         base and adapter merged, one file for llama.cpp: f32, f16, bf16, q8_0, q4_k_m ...
+      gguf-lora[:TYPE]  the adapter alone for llama.cpp's --lora: f32 or f16
+      ollama[:TYPE]     a folder for `ollama create`: the GGUF file (q8_0 unless told) and its Modelfile
+      ollama-lora       the same with base and adapter apart
 
     \b
     Examples:
       lora-jax export my-run --to gguf:q8_0 --out my-model
-      lora-jax export my-run --to peft --to hf --to gguf:f16 --to gguf:q8_0 --out my-model
+      lora-jax export my-run --to peft --to hf --to gguf:f16 --to gguf:q4_k_m --to ollama --out my-model
       lora-jax export my-run --to hf --merge-base original --out my-model
+
+    Every file is read back. With xllamacpp installed, GGUF files are run in llama.cpp. What is not the trained model
+    ends the command, and nothing of it is left.
     """
-    formats = list(dict.fromkeys(name.lower() for name in to))
-    if unknown := [name for name in formats if name not in _FORMATS]:
-        raise UsageError(f"export: --to {unknown[0]} is unknown; there are {', '.join(_FORMATS)}")
+    from lora_jax.export.command import export as write
+    from lora_jax.export.command import parse_targets
+
+    try:
+        targets = parse_targets(to)
+    except ValueError as error:
+        raise UsageError(f"export: {error}") from None
     if merge_base not in ("dequantized", "original"):
         raise UsageError(f"export: --merge-base is {merge_base!r}; there are 'dequantized' and 'original'")
-    kinds = list(dict.fromkeys(name.partition(":")[0] for name in formats))
+    kinds = list(dict.fromkeys(target.kind for target in targets))
     for kind in kinds:
         if (out / kind).exists() and not overwrite:
             raise UsageError(f"export: {out / kind} exists; choose another --out, or replace it with --overwrite")
     model, tokenizer = _load(source, load_in_4bit, dtype)
-    if "peft" in kinds:
-        model.save_pretrained(out / "peft", overwrite=overwrite)
-    if "hf" in kinds:
-        model.save_pretrained_merged(out / "hf", tokenizer, merge_base=merge_base, overwrite=overwrite)
-    if "gguf" in kinds:
-        types = [name.partition(":")[2] for name in formats if name.startswith("gguf")]
-        model.save_pretrained_gguf(out / "gguf", tokenizer, types, merge_base=merge_base, overwrite=overwrite)
+    write(model, tokenizer, targets, out, merge_base=merge_base, overwrite=overwrite, answers=answers)
     for kind in kinds:
         for path in sorted((out / kind).iterdir()):
             print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+    if push_to_hub is not None:
+        from lora_jax.export.hub import push
+
+        for kind in kinds:
+            name = push_to_hub if len(kinds) == 1 else f"{push_to_hub}-{kind}"
+            print(f"{out / kind} is at {push(out / kind, name, private=not public)}")
+    if "ollama" in kinds:
+        print(f"  try it:  ollama create my-model -f {out / 'ollama' / 'Modelfile'}")
+
+
+# ---- data ---------------------------------------------------------------------------------------------------------
+
+data_app = typer.Typer(
+    name="data",
+    help="Look at training data.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+app.add_typer(data_app)
+
+
+@data_app.command(no_args_is_help=True)
+def preview(
+    model: Annotated[str, typer.Argument(help="Model folder, adapter or hub name; only its tokenizer is read.")],
+    data: Annotated[list[Path], typer.Option("--data", "-d", help="Rows: .jsonl, .json, .parquet; may be repeated.")],
+    rows: Annotated[int, typer.Option("--rows", "-n", help="So many examples are shown.", min=0)] = 3,
+    max_length: Annotated[int, typer.Option("--max-length", help="Tokens that an example is cut to.", min=2)] = 2048,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A built-in template in place of the tokenizer's: chatml, llama-3, gemma ...")
+    ] = None,
+    assistant_only: Annotated[
+        bool, typer.Option("--assistant-only/--everything", help="Of conversations, train on the assistant's turns.")
+    ] = True,
+) -> None:
+    """Show what a run would train on: bold green, or in double brackets where the output is no terminal.
+
+    \b
+    Examples:
+      lora-jax data preview HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl
+      lora-jax data preview ./llama --data a.jsonl --rows 10 --chat-template chatml
+
+    Below it stands how many tokens there are and are trained on, and how many are padding, with and without --packing.
+    """
+    from rich.console import Console
+    from rich.rule import Rule
+    from transformers import AutoTokenizer
+
+    from lora_jax.chat import preview as coloured
+    from lora_jax.chat import preview_plain
+    from lora_jax.chat_templates import get_chat_template
+    from lora_jax.data import load_rows, tokenize_rows
+    from lora_jax.loading import load_tokenizer
+
+    name = _absolute(model)
+    found = load_rows(files_of(data))
+    tokenizer: Any = load_tokenizer(Path(name)) if Path(name).is_dir() else AutoTokenizer.from_pretrained(name)
+    if chat_template is not None:
+        tokenizer = get_chat_template(tokenizer, chat_template)
+    only = None if assistant_only else False
+    how: Any = {"assistant_only_loss": only, "completion_only_loss": only}
+    examples = tokenize_rows(found, tokenizer, max_length=max_length, **how)
+    console = Console(highlight=False)
+    for number, example in enumerate(examples[:rows]):
+        trained = int((example.labels != -100).sum())
+        console.print(Rule(f"example {number}: {len(example)} tokens, {trained} trained on", align="left"))
+        if console.is_terminal:
+            console.print(coloured(example, tokenizer), soft_wrap=True)
+        else:
+            console.print(preview_plain(example, tokenizer), markup=False, soft_wrap=True)
+    console.print(Rule())
+    for line in _lengths(examples, len(found), max_length):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _lengths(examples: list[Any], rows: int, max_length: int) -> list[str]:
+    """What is to be known of the lengths of examples."""
+    import numpy as np
+
+    from lora_jax.batches import BatchIterator
+
+    lengths = np.array([len(example) for example in examples])
+    trained = sum(int((example.labels != -100).sum()) for example in examples)
+    packed = BatchIterator(examples, batch_size=1, max_length=max_length, packing=True)
+    padded = BatchIterator(examples, batch_size=1, max_length=max_length)
+    computed = sum(next(n for n in padded.buckets if n >= length) for length in lengths)
+    return [
+        f"{rows:,} rows, {len(examples):,} examples, {lengths.sum():,} tokens, {trained:,} of them trained on "
+        f"({100 * trained / lengths.sum():.1f} %)",
+        f"tokens of an example: {lengths.min():,} at least, {int(np.median(lengths)):,} in the middle, "
+        f"{lengths.max():,} at most",
+        f"computed tokens that are real: {100 * lengths.sum() / computed:.1f} % padded to "
+        f"{', '.join(map(str, padded.buckets))}; {100 * (packed.efficiency or 0):.1f} % packed into rows of "
+        f"{packed.buckets[-1]}",
+    ]
 
 
 # ---- plan ---------------------------------------------------------------------------------------------------------

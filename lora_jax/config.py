@@ -12,7 +12,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,13 @@ _ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 _ADAMW_PAGED = ("paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit")
 _REPORTERS = ("none", "jsonl")
 
-_ALIASES = {"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy"}
+_ALIASES = {
+    "max_seq_length": "max_length",
+    "evaluation_strategy": "eval_strategy",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "activation_checkpointing": "gradient_checkpointing",
+}
 
 # Names of the torch world that have nothing to act on here. Accepted, and said once.
 _NO_EFFECT = {
@@ -52,6 +58,52 @@ _NO_EFFECT = {
     "torch_empty_cache_steps": "there is no torch cache",
     "use_cache": "training never builds a KV cache",
     "optim_args": "AdamW takes its arguments from adam_beta1, adam_beta2, adam_epsilon and weight_decay",
+    "activation_checkpointing_kwargs": "recomputation is chosen by gradient_checkpointing alone",
+    "average_tokens_across_devices": "the loss is always the mean over all label tokens of a step",
+    "bf16_full_eval": "evaluation runs in the model's dtype",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "include_num_input_tokens_seen": "num_tokens is in every record",
+    "log_level_replica": "messages are few and always shown",
+    "log_on_each_node": "messages are few and always shown",
+    "logging_dir": "results go to output_dir",
+    "project": "it names runs of trackers, and none is used",
+    "trackio_space_id": "it is about a tracker that is not used",
+    "prediction_loss_only": "evaluation computes the loss alone",
+    "eval_do_concat_batches": "evaluation computes the loss alone",
+    "eval_accumulation_steps": "evaluation computes the loss alone",
+    "eval_use_gather_object": "evaluation computes the loss alone",
+    "batch_eval_metrics": "evaluation computes the loss alone",
+    "save_on_each_node": "the first process writes",
+    "save_safetensors": "adapters are always written as safetensors",
+    "full_determinism": "runs repeat bit for bit on the same device and software",
+    "accelerator_config": "there is no Accelerate",
+    "dataloader_multiprocessing_context": "there are no loader processes",
+    "dataloader_in_order": "there are no loader processes",
+    "ddp_bucket_cap_mb": "there is no DistributedDataParallel",
+    "ddp_broadcast_buffers": "there is no DistributedDataParallel",
+    "ddp_static_graph": "there is no DistributedDataParallel",
+    "ddp_backend": "there is no DistributedDataParallel",
+    "local_rank": "JAX knows its processes",
+    "no_cuda": "the device is JAX's; set JAX_PLATFORMS=cpu to train on the CPU",
+    "use_cpu": "the device is JAX's; set JAX_PLATFORMS=cpu to train on the CPU",
+    "hub_token": "nothing is uploaded while training runs",
+    "hub_model_id": "nothing is uploaded while training runs",
+    "hub_private_repo": "nothing is uploaded while training runs",
+    "hub_strategy": "nothing is uploaded while training runs",
+    "hub_always_push": "nothing is uploaded while training runs",
+    "hub_revision": "nothing is uploaded while training runs",
+    "trackio_bucket_id": "it is about a tracker that is not used",
+    "trackio_static_space_id": "it is about a tracker that is not used",
+    "enable_jit_checkpoint": "a signal saves the step in progress anyway",
+    "dataset_batch_size": "rows are tokenized one by one",
+    "pad_to_multiple_of": "rows are padded to a few lengths, so that few programs are compiled",
+    "padding_free": "packing=True packs without any example seeing another",
+    "packing_strategy": "packing never cuts an example",
+    "activation_offloading": 'gradient_checkpointing="offload" moves activations to the host\'s memory',
+    "num_of_sequences": "packing knows the lengths of all examples",
+    "chars_per_token": "packing knows the lengths of all examples",
+    "length_column_name": "lengths are counted",
+    "disable_log_stats": "there is no vLLM",
 }
 
 # Names whose request cannot be honoured: {name: (values that ask for nothing, what to do instead)}.
@@ -70,10 +122,34 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "dataset_kwargs": ((None, {}), "leave it out"),
     "eval_packing": ((None,), "leave it out; packing applies to training alone"),
     "resume_from_checkpoint": ((None, False), "pass it to trainer.train(resume_from_checkpoint=...)"),
-    "do_train": ((True, None), "call trainer.train() or trainer.evaluate()"),
+    "do_train": ((True, False, None), "call trainer.train() or trainer.evaluate()"),
     "eval_delay": ((0, 0.0, None), "leave it out"),
     "loss_type": (("nll", None), "leave it out; the loss is token-level cross-entropy"),
     "use_liger_kernel": ((False, None), "leave it out; the loss here never forms the logits either"),
+    "liger_kernel_config": ((None,), "leave it out; the loss here never forms the logits"),
+    "restore_callback_states_from_checkpoint": ((False, None), "leave it out; callbacks keep their own state"),
+    "fp16_full_eval": ((False, None), "evaluation runs in the model's dtype"),
+    "torch_compile_backend": ((None,), "leave it out: the step is compiled by XLA anyway"),
+    "torch_compile_mode": ((None,), "leave it out: the step is compiled by XLA anyway"),
+    "fsdp_config": ((None, {}), "leave it out"),
+    "parallelism_config": ((None,), "leave it out"),
+    "optim_target_modules": ((None,), "leave it out: optimizers on projected gradients are not implemented"),
+    "include_for_metrics": ((None, []), "write a callback with on_evaluate"),
+    "save_only_model": ((False, None), "checkpoints hold what an exact resume needs; trainer.save_model() writes less"),
+    "ignore_data_skip": ((False, None), "a resumed run continues with the rows that come next"),
+    "dataloader_drop_last": ((False, None), "leave it out; the last rows are trained on"),
+    "label_names": ((None,), "leave it out; the column is called labels"),
+    "train_sampling_strategy": ((None, "random"), "leave it out; rows are shuffled by data_seed"),
+    "shuffle_dataset": ((False, None), "leave it out; rows are shuffled by data_seed, packed ones too"),
+    "model_init_kwargs": ((None, {}), "load the model first, by from_pretrained"),
+    "chat_template_path": ((None,), "set tokenizer.chat_template, or call get_chat_template"),
+    "eos_token": ((None,), "set tokenizer.eos_token"),
+    "pad_token": ((None,), "set tokenizer.pad_token; padding is masked whatever it is"),
+    "do_eval": ((False, True, None), "set eval_strategy"),
+    "do_predict": ((False, None), "call lora_jax.generate_text"),
+    "debug": (("", None, []), "leave it out"),
+    "jit_mode_eval": ((False, None), "leave it out"),
+    "use_dft_loss": ((False, None), "leave it out; the loss is token-level cross-entropy"),
 }  # fmt: skip
 
 _said: set[str] = set()
@@ -86,46 +162,77 @@ def say_once(message: str) -> None:
         print(f"lora-jax: {message}", file=sys.stderr)
 
 
-def _explained[C](cls: type[C]) -> type[C]:
-    """Make a dataclass resolve aliases and explain wrong keywords (the generated `__init__` says only TypeError)."""
-    generated: Any = cls.__init__
+@dataclass(frozen=True)
+class Names:
+    """What other libraries' names for arguments mean here; values of `refused` are (harmless values, what to do)."""
 
-    @functools.wraps(generated)  # keeps the signature with its defaults for help() and IDEs
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        generated(self, *args, **_resolve_names(kwargs, {f.name for f in dataclasses.fields(self)}))
-
-    cls.__init__ = __init__
-    return cls
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    no_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> why
+    refused: Mapping[str, tuple[tuple[Any, ...], str]] = dataclasses.field(default_factory=dict)
 
 
-def _resolve_names(kwargs: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:
-    resolved: dict[str, Any] = {name: value for name, value in kwargs.items() if name in fields}
-    for name, value in kwargs.items():
-        if name in fields:
+def resolve_names(where: str, given: Mapping[str, Any], known: Collection[str], names: Names) -> dict[str, Any]:
+    """The arguments under their own names, without those that have no effect, which are named once.
+
+    Args:
+        where: who was called, for messages.
+        given: arguments by name.
+        known: names that are passed on as they are.
+        names: the other ones.
+
+    Raises:
+        ValueError: an argument asks for what is not there, or one setting is given twice.
+        TypeError: an unknown name; says the nearest known one.
+    """
+    resolved: dict[str, Any] = {name: value for name, value in given.items() if name in known}
+    for name, value in given.items():
+        if name in known:
             continue
-        if name in _ALIASES:
-            target = _ALIASES[name]
+        if name in names.aliases:
+            target = names.aliases[name]
             if resolved.get(target, value) != value:
                 raise ValueError(
-                    f"SFTConfig: got {target}={resolved[target]!r} and {name}={value!r}, which are two names for one "
+                    f"{where}: got {target}={resolved[target]!r} and {name}={value!r}, which are two names for one "
                     f"setting. Give only {target}."
                 )
             resolved[target] = value
-        elif name in _NO_EFFECT:
-            say_once(f"SFTConfig: {name} has no effect: {_NO_EFFECT[name]}.")
-        elif name in _REFUSED:
-            harmless, instead = _REFUSED[name]
+        elif name in names.no_effect:
+            say_once(f"{where}: {name} has no effect: {names.no_effect[name]}.")
+        elif name in names.refused:
+            harmless, instead = names.refused[name]
             if not any(value is h or (value == h and type(value) is type(h)) for h in harmless):
-                raise ValueError(f"SFTConfig: {name}={value!r} is not supported: {instead}.")
+                raise ValueError(f"{where}: {name}={_short(value)} is not supported: {instead}.")
         else:
-            known = sorted(fields | set(_ALIASES))
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Valid names: {', '.join(known)}."
-            raise TypeError(f"SFTConfig: unknown argument {name!r}. {hint}")
+            candidates = sorted({*known, *names.aliases})
+            near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Valid names: {', '.join(candidates)}."
+            raise TypeError(f"{where}: unknown argument {name!r}. {hint}")
     return resolved
 
 
-@_explained
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def explained[C](names: Names) -> Callable[[type[C]], type[C]]:
+    """Makes a dataclass resolve other names and explain wrong ones (the generated `__init__` says only TypeError)."""
+
+    def decorate(cls: type[C]) -> type[C]:
+        generated: Any = cls.__init__
+        fields = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+
+        @functools.wraps(generated)  # keeps the signature with its defaults for help() and IDEs
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            generated(self, *args, **resolve_names(cls.__name__, kwargs, fields, names))
+
+        cls.__init__ = __init__
+        return cls
+
+    return decorate
+
+
+@explained(Names(_ALIASES, _NO_EFFECT, _REFUSED))
 @dataclass(frozen=True)
 class SFTConfig:
     """Settings of supervised fine-tuning, with the names and meanings of `transformers.TrainingArguments` and TRL.
@@ -158,6 +265,9 @@ class SFTConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8  # added outside the square root
+    loraplus_lr_ratio: float | None = None  # LoRA+: B learns this many times faster than A (arXiv 2402.12354)
+    loraplus_lr_embedding: float = 1e-6  # with it: peak learning rate of adapters on embeddings
+    embedding_learning_rate: float | None = None  # peak learning rate of modules_to_save; None: learning_rate
     max_grad_norm: float | None = 1.0  # gradients are scaled down to this global norm; 0 or None turns it off
     # What backward recomputes: True everything, False nothing, a preset (full, selective, offload, none), "auto" for
     # the fastest plan that fits the device, or a plan: a list of groups of layers, see lora_jax.remat.
@@ -169,6 +279,9 @@ class SFTConfig:
     # longer to compile (25 s instead of 13 for 32 layers). None: written out on a GPU if packing makes all batches
     # alike.
     scan_layers: bool | None = None
+    # Devices that share the work: "auto" for all, or sizes such as {"data": 2, "fsdp": 4}, see lora_jax.sharding. Batch
+    # sizes are then of each device that has rows of its own. None: the mesh that the model was loaded on, or one device.
+    mesh: str | dict[str, Any] | None = None
     bf16: bool = True  # no effect: the dtype is that of the loaded model
 
     # --- randomness
@@ -200,6 +313,8 @@ class SFTConfig:
     save_total_limit: int | None = None  # newest checkpoints to keep; None: all
 
     def __post_init__(self) -> None:
+        if self.gradient_checkpointing == "unsloth":  # what it calls its own way of recomputing everything
+            object.__setattr__(self, "gradient_checkpointing", True)
         if isinstance(self.output_dir, Path):
             object.__setattr__(self, "output_dir", str(self.output_dir))
         if self.greater_is_better is None and isinstance(self.metric_for_best_model, str):
@@ -296,6 +411,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "warmup_steps": (lambda v: 0 <= v < 1 or v == int(v) >= 1, "a whole number, or a share of all steps below 1"),
     "warmup_ratio": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     "weight_decay": (lambda v: 0 <= v < math.inf, "0 or above"),
+    "loraplus_lr_ratio": (lambda v: 0 < v < math.inf, "a number above 0, usually from 2 to 20"),
+    "loraplus_lr_embedding": (lambda v: 0 < v < math.inf, "a number above 0"),
+    "embedding_learning_rate": (lambda v: 0 < v < math.inf, "a number above 0"),
     "adam_beta1": (lambda v: 0 <= v < 1, "from 0 to below 1"),
     "adam_beta2": (lambda v: 0 <= v < 1, "from 0 to below 1"),
     "adam_epsilon": (lambda v: 0 < v < math.inf, "a number above 0"),

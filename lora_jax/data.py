@@ -13,6 +13,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from rich.progress import track
 
 from lora_jax.batches import Example
 from lora_jax.chat import IGNORE, ChatRenderer, Encoder
+from lora_jax.chat_templates import as_messages, response_spans
 
 _ROW_KINDS = """  messages             a list of {"role": ..., "content": ...}; optionally `tools`
+  conversations        the same, or ShareGPT's {"from": ..., "value": ...}
+  instruction + output Alpaca's; optionally `input` and `system`
   prompt + completion  two strings, or two lists of messages
   {text}plain text
   input_ids            already tokenised; optionally `labels` of the same length
@@ -227,24 +231,32 @@ def tokenize_rows(
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool | None = None,
     chat_template: str | None = None,
+    responses: tuple[str, str] | None = None,
+    last_response_only: bool = False,
     progress: bool = True,
 ) -> list[Example]:
     """Tokens and labels of every row.
 
     What a row is, is seen from its columns: `input_ids` (+ `labels`), `messages` (+ `tools`, `chat_template_kwargs`),
-    `prompt` + `completion`, or `dataset_text_field`. Conversations follow the tokenizer's chat template, special tokens
-    included; other texts get the BOS that the tokenizer adds and end with EOS.
+    `prompt` + `completion`, or `dataset_text_field`; where there is none of these, ShareGPT's `conversations`, or
+    Alpaca's `instruction` (+ `input`, `system`) and `output`, which become messages. Conversations follow the
+    tokenizer's chat template, special tokens included; other texts get the BOS that the tokenizer adds, and end with
+    EOS.
 
     Args:
       rows: what `load_rows` gives.
       tokenizer: a fast transformers tokenizer.
       max_length: examples are cut to so many tokens on the right.
       dataset_text_field: the column of plain text.
-      formatting_func: makes the text of a row; the row's columns then do not matter.
+      formatting_func: makes the text of a row; the row's columns then do not matter. One that takes a batch of rows
+        and returns a list of texts, as older scripts have it, is called with batches of one.
       completion_only_loss: train on the completions of prompt + completion rows only. None: yes.
       assistant_only_loss: train on the assistant's turns of conversations only. None: yes for `messages`.
       chat_template: a Jinja template in place of the tokenizer's. Set it as tokenizer.chat_template too, so that
         inference and exports use the same.
+      responses: (instruction_part, response_part): train on what follows the second, up to the next of the first, in
+        the text of every row; see `lora_jax.chat_templates.train_on_responses_only`.
+      last_response_only: with `responses`, train on the last one of a row only.
       progress: show a progress bar.
 
     Returns:
@@ -259,6 +271,8 @@ def tokenize_rows(
     tokenize = _RowTokenizer(
         tokenizer, dataset_text_field, formatting_func, completion_only_loss, assistant_only_loss, chat_template
     )
+    if responses is not None:
+        tokenize.responses = (*responses, last_response_only)
     examples: list[Example] = []
     report = _Report(max_length)
     for index, row in enumerate(
@@ -278,10 +292,13 @@ class _RowTokenizer:
         self._tokenizer, self._text_field, self._format = tokenizer, text_field, formatting_func
         self._completion_only, self._assistant_only = completion_only, assistant_only
         self._chat_template = chat_template
+        self._has_template = bool(chat_template or getattr(tokenizer, "chat_template", None))
+        self.responses: tuple[str, str, bool] | None = None  # of `response_spans`
         self._encoder: Encoder | None = None
         self._renderer: ChatRenderer | None = None
 
     def __call__(self, row: Mapping[str, Any]) -> list[tuple[Example, frozenset[str]]]:
+        row = row if self._format else _with_messages(row, self._text_field, self._has_template)
         kind = "text" if self._format else self._kind(row)
         if self._completion_only and kind != "prompt":
             raise ValueError(
@@ -292,16 +309,37 @@ class _RowTokenizer:
         ):
             raise ValueError("assistant_only_loss=True is for rows of messages, and this row is not a conversation.")
         if kind == "input_ids":
+            if self.responses is not None:
+                raise ValueError("rows of input_ids have labels of their own, and no text to find responses in.")
             return [(_tokenised(row), frozenset())]
         if kind == "messages":
             return self._chat(row, _messages(row["messages"], "messages"), 0, self._assistant_only is not False)
         if kind == "prompt":
             return self._prompt_completion(row)
-        text = self._format(row) if self._format else row[self._text_field]
+        text = self._formatted(row) if self._format else row[self._text_field]
         if not isinstance(text, str):
             of = "formatting_func returned" if self._format else f"the column {self._text_field!r} holds"
             raise ValueError(f"{of} {_short(text)} of type {type(text).__name__}; wanted one string.")
-        return self._text(text, 0)
+        return self._text(text)
+
+    def _formatted(self, row: Mapping[str, Any]) -> Any:
+        """The text that formatting_func makes of a row; one that wants a batch gets a batch of one."""
+        failed = None
+        try:
+            text = self._format(row)
+        except Exception as error:
+            text, failed = [], error
+        if not isinstance(text, list):
+            return text
+        try:
+            texts = self._format({name: [value] for name, value in row.items()})
+        except Exception:
+            texts = text
+        if isinstance(texts, list) and len(texts) == 1 and isinstance(texts[0], str):
+            return texts[0]
+        if failed is not None:
+            raise failed
+        return text
 
     def _kind(self, row: Mapping[str, Any]) -> str:
         have = {name for name, value in row.items() if value is not None}
@@ -316,20 +354,15 @@ class _RowTokenizer:
             raise ValueError(
                 f"it has {' and '.join(names[k] for k in kinds)}; which is to be trained on? Remove the other columns."
             )
-        hint = ""
-        if "conversations" in have:
-            hint = (
-                "\nShareGPT's `conversations` become `messages` by renaming from/value to role/content, human to user "
-                "and gpt to assistant."
-            )
         accepted = _ROW_KINDS.replace("{text}", f"{self._text_field:<21}")
-        raise ValueError(f"its columns are {sorted(map(str, have)) or 'all empty'}; wanted one of\n{accepted}{hint}")
+        raise ValueError(f"its columns are {sorted(map(str, have)) or 'all empty'}; wanted one of\n{accepted}")
 
     def _prompt_completion(self, row: Mapping[str, Any]) -> list[tuple[Example, frozenset[str]]]:
         prompt, completion = row["prompt"], row["completion"]
         only = self._completion_only is not False
         if isinstance(prompt, str) and isinstance(completion, str):
-            return self._text(prompt + completion, len(prompt) if only else 0)
+            text = prompt + completion
+            return self._text(text, [(len(prompt), len(text))] if only and prompt else None)
         if isinstance(prompt, str) or isinstance(completion, str):
             raise ValueError(
                 f"prompt is {type(prompt).__name__} and completion is {type(completion).__name__}; wanted two strings "
@@ -341,8 +374,10 @@ class _RowTokenizer:
             row, messages + _messages(completion, "completion"), first_turn, only or bool(self._assistant_only)
         )
 
-    def _text(self, text: str, response_start: int):
-        encoded = self._encode().encode_text(text, response_start)
+    def _text(self, text: str, spans: list[tuple[int, int]] | None = None):
+        if self.responses is not None:
+            spans = response_spans(text, *self.responses)
+        encoded = self._encode().encode_text(text, spans)
         return [(Example(encoded.input_ids, encoded.labels), encoded.notes)]
 
     def _chat(self, row: Mapping[str, Any], messages: list[dict], first_turn: int, assistant_only: bool):
@@ -355,9 +390,12 @@ class _RowTokenizer:
             messages,
             tools=tools or None,
             first_turn=first_turn,
-            assistant_only=assistant_only,
+            assistant_only=assistant_only and self.responses is None,
             **(row.get("chat_template_kwargs") or {}),
         )
+        if self.responses is not None:
+            found = tuple(response_spans(chats[0].text, *self.responses))
+            chats = [replace(chats[0], spans=found, exact=True)]
         encoded = [self._encode().encode_chat(chat) for chat in chats]
         split = {"split"} if len(encoded) > 1 else set()
         return [(Example(e.input_ids, e.labels), e.notes | split) for e in encoded]
@@ -366,6 +404,38 @@ class _RowTokenizer:
         if self._encoder is None:
             self._encoder = Encoder(self._tokenizer)
         return self._encoder
+
+
+def _with_messages(row: Mapping[str, Any], text_field: str, has_template: bool) -> Mapping[str, Any]:
+    """The row with `messages`, if it has none of the usual columns but those of ShareGPT or Alpaca.
+
+    Without a chat template Alpaca's become `prompt` and `completion` in the format of its paper's code.
+    """
+    have = {name for name, value in row.items() if value is not None}
+    if have & {"input_ids", "messages", text_field} or {"prompt", "completion"} <= have:
+        return row
+    if column := next((name for name in ("conversations", "conversation") if name in have), None):
+        return {**row, "messages": as_messages(row[column], column)}
+    if {"instruction", "output"} <= have:
+        system, question = row.get("system"), row["instruction"]
+        if not has_template:
+            return {**row, "prompt": _alpaca_prompt(question, row.get("input")), "completion": row["output"]}
+        if row.get("input"):
+            question = f"{question}\n\n{row['input']}"
+        messages = [{"role": "system", "content": system}] if system else []
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+        return {**row, "messages": messages}
+    return row
+
+
+def _alpaca_prompt(instruction: str, context: str | None) -> str:
+    beside = ", paired with an input that provides further context" if context else ""
+    parts = {"Instruction": instruction, "Input": context, "Response": ""}
+    return (
+        f"Below is an instruction that describes a task{beside}. Write a response that appropriately completes the "
+        "request.\n\n" + "\n\n".join(f"### {name}:\n{text}" for name, text in parts.items() if text is not None and
+                                       (text or name == "Response"))
+    )  # fmt: skip
 
 
 def _messages(value: Any, column: str) -> list[dict[str, Any]]:
@@ -381,7 +451,17 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
             )
         if message.get("content") is None and not message.get("tool_calls"):
             raise ValueError(f"message {index} of {column!r} (role {message['role']!r}) has no content.")
-    return [dict(message) for message in value]
+    return [_with_text(message) for message in value]
+
+
+def _with_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message, its content in OpenAI's parts put together. Raises ValueError if one is no text."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    if other := [part for part in content if not isinstance(part, Mapping) or part.get("type") != "text"]:
+        raise ValueError(f"a message holds {_short(other[0])}; only parts of text can be trained on.")
+    return {**message, "content": "".join(part["text"] for part in content)}
 
 
 def _tokenised(row: Mapping[str, Any]) -> Example:

@@ -1,5 +1,6 @@
 """Text generation with a key/value cache: greedy or sampled, in batches, optionally streamed."""
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from lora_jax.config import Names, resolve_names
 
 if TYPE_CHECKING:
     from lora_jax.model import CausalLM
@@ -55,15 +58,17 @@ def generate(
     input_ids,
     *,
     attention_mask=None,
-    max_new_tokens: int = 128,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    max_new_tokens: int | None = None,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     seed: int = 0,
     streamer: Streamer | None = None,
+    **more: Any,
 ) -> np.ndarray:
     """Continues prompts token by token until each has stopped or `max_new_tokens` are made.
 
@@ -71,28 +76,42 @@ def generate(
       model: with or without an adapter.
       input_ids: token ids: [B, T], or B lists of any lengths, or a tokenizer's BatchEncoding.
       attention_mask: [B, T], 0 for padding (on the left) of `input_ids`; taken from a BatchEncoding if that has one.
-      max_new_tokens: at most so many new tokens a row.
-      do_sample: draw from the distribution; otherwise the likeliest token is taken.
+      max_new_tokens: at most so many new tokens a row; 128 unless given.
+      do_sample: draw from the distribution; otherwise the likeliest token is taken. None: draw if any of the next four
+        is given.
       temperature: divides the logits before sampling; above 0.
       top_k: sample among the k likeliest tokens; 0 for all.
       top_p: sample among the likeliest tokens whose probabilities add up to p; 1 for all.
+      min_p: sample among tokens at least p times as likely as the likeliest; 0 for all.
       eos_token_id: ids that end a row; None for all those of generation_config.json and config.json.
       pad_token_id: fills rows that have ended; None for the first stop id.
       seed: of sampling.
       streamer: receives prompt and tokens as they come; for one row only.
+      more: transformers' other arguments: max_length counts the prompt's tokens, too; those about its cache have no
+        effect.
 
     Returns:
       int32 [B, T + new]: prompts (padded on the left to the longest) and what follows them.
 
     Raises:
-      ValueError: an empty prompt, a setting out of range, or more positions than the model has.
+      ValueError: an empty prompt, a setting out of range, more positions than the model has, or something that is not
+        implemented.
+      TypeError: an unknown argument.
     """
     rows = _rows(input_ids, attention_mask)
     longest = max(map(len, rows))
-    if max_new_tokens < 1 or temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
+    more = resolve_names("generate", more, ["max_length", *(set(_ARGUMENTS) - {"more"})], _NAMES)
+    if (whole := more.get("max_length")) is not None and max_new_tokens is None:
+        max_new_tokens = whole - longest
+    max_new_tokens = 128 if max_new_tokens is None else max_new_tokens
+    do_sample = any(v is not None for v in (temperature, top_k, top_p, min_p)) if do_sample is None else do_sample
+    temperature, top_p = 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p
+    top_k, min_p = top_k or 0, min_p or 0.0
+    if max_new_tokens < 1 or temperature <= 0 or not 0 < top_p <= 1 or top_k < 0 or not 0 <= min_p <= 1:
         raise ValueError(
-            "generate wants max_new_tokens >= 1, temperature > 0, 0 < top_p <= 1 and top_k >= 0; "
-            f"got {max_new_tokens}, {temperature}, {top_p}, {top_k} (for greedy decoding leave do_sample=False)"
+            "generate wants max_new_tokens >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1; "
+            f"got {max_new_tokens}, {temperature}, {top_p}, {top_k}, {min_p} "
+            "(for greedy decoding leave do_sample=False)"
         )
     if longest + max_new_tokens > model.config.max_position:
         raise ValueError(
@@ -107,7 +126,7 @@ def generate(
     graph, lora, frozen = model.split()
     forward = _jitted(model, "forward", graph, _forward(graph), donate_argnums=4)
     choose = _sample if do_sample else _greedy
-    key, settings = jax.random.key(seed), (jnp.float32(temperature), jnp.float32(top_p))
+    key, settings = jax.random.key(seed), (jnp.float32(temperature), jnp.float32(top_p), jnp.float32(min_p))
 
     def begin(rows: list[list[int]], room: int):
         """Runs the rows through the model: (their ids, left padding, logits of their last tokens, cache)."""
@@ -141,6 +160,38 @@ def generate(
     return np.concatenate([ids[:, ids.shape[1] - longest :], np.stack(made, axis=1)], axis=1)
 
 
+_ARGUMENTS = inspect.signature(generate).parameters
+_NAMES = Names(
+    no_effect={
+        "use_cache": "generation always has a key/value cache",
+        "cache_implementation": "generation has one kind of cache",
+        "token_type_ids": "no implemented architecture reads them",
+        "return_dict_in_generate": "the tokens are returned",
+        "synced_gpus": "every process generates the same",
+        "tokenizer": "token ids come in and go out",
+        "disable_compile": "generation is always compiled",
+    },
+    refused={
+        "repetition_penalty": ((None, 1, 1.0), "it is not implemented"),
+        "no_repeat_ngram_size": ((None, 0), "it is not implemented"),
+        "num_beams": ((None, 1), "beam search is not implemented"),
+        "num_return_sequences": ((None, 1), "give the prompt several times"),
+        "penalty_alpha": ((None, 0), "contrastive search is not implemented"),
+        "typical_p": ((None, 1, 1.0), "it is not implemented"),
+        "stopping_criteria": ((None,), "give eos_token_id"),
+        "stop_strings": ((None,), "give eos_token_id"),
+        "logits_processor": ((None,), "it is not implemented"),
+        "generation_config": ((None,), "give its settings as arguments"),
+        "assistant_model": ((None,), "speculative decoding is not implemented"),
+        "min_new_tokens": ((None, 0), "it is not implemented"),
+        "output_scores": ((None, False), "call model.logits"),
+        "output_logits": ((None, False), "call model.logits"),
+        "output_hidden_states": ((None, False), "call model.module"),
+        "output_attentions": ((None, False), "attention weights are never formed"),
+    },
+)
+
+
 def generate_text(
     model: "CausalLM", tokenizer, prompts: Sequence[str | list[dict[str, Any]]], *, batch_size: int = 32, **options
 ) -> list[str]:
@@ -154,6 +205,9 @@ def generate_text(
       options: of `generate`.
     """
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    if options.get("eos_token_id") is None and tokenizer.eos_token_id is not None:
+        # What the model was trained to end with may be another one than that of the folder's files.
+        options["eos_token_id"] = list(dict.fromkeys([*stop_ids(model), tokenizer.eos_token_id]))
     answers = []
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
@@ -220,13 +274,14 @@ def _sample(last, key, settings, top_k):
     return _draw(last, key, *settings, top_k=top_k)
 
 
-def _draw_impl(last, key, temperature, top_p, *, top_k):
+def _draw_impl(last, key, temperature, top_p, min_p=0.0, *, top_k):
     """Draws one token a row from logits [B, V]."""
     scaled = last / temperature
     order = jnp.argsort(-scaled, axis=-1)
     ranked = jnp.take_along_axis(scaled, order, axis=-1)
     probabilities = jax.nn.softmax(ranked, axis=-1)
     keep = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p  # the first is always kept
+    keep &= probabilities >= min_p * probabilities[:, :1]
     if top_k:
         keep &= jnp.arange(ranked.shape[-1]) < top_k
     picked = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf))

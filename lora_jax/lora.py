@@ -3,17 +3,21 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lora_jax.config import Names, explained, resolve_names, say_once
+from lora_jax.kernels.nf4 import NF4Weight
+from lora_jax.lora_init import check_kind, from_weights, norms_of_rows, starts_in_weight
 from lora_jax.model import CausalLM
 from lora_jax.models.decoder import Block, Decoder, full_names
 from lora_jax.models.linear import Embedding, Linear
-from lora_jax.models.moe import ExpertLinear
+from lora_jax.models.moe import ExpertLinear, Router
 
 __all__ = [
     "DEFAULT_TARGETS",
@@ -23,6 +27,7 @@ __all__ = [
     "for_decoder",
     "get_peft_model",
     "parameter_counts",
+    "print_trainable_parameters",
     "regex_of",
     "target_names_for_peft",
 ]
@@ -37,9 +42,52 @@ _TIED = {"lm_head": "embed_tokens"}
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # of mixtures of experts: they get an adapter only by their name
 
 
+# Fields of PEFT's LoraConfig that are not below.
+_NAMES = Names(
+    aliases={"rank": "r", "alpha": "lora_alpha", "lora_rank": "r"},
+    no_effect={
+        "task_type": "every model here is a causal language model",
+        "inference_mode": "generation and training use the same model",
+        "base_model_name_or_path": "the model knows where it came from",
+        "revision": "the model knows where it came from",
+        "auto_mapping": "classes are found by the architecture's name",
+        "peft_type": "every adapter here is LORA",
+        "ensure_weight_tying": "where head and embeddings are one matrix, they are trained as one",
+        "runtime_config": "it is about torch",
+        "megatron_core": "there is no Megatron here",
+    },
+    refused={
+        "bias": (("none",), "biases stay frozen; leave it out"),
+        "lora_bias": ((False,), "adapters have no bias; leave it out"),
+        "fan_in_fan_out": ((False,), "no implemented architecture stores its weights that way round"),
+        "exclude_modules": ((None,), "write target_modules as a regular expression that leaves them out"),
+        "target_parameters": ((None, []), "name the experts' linears in target_modules; exports choose PEFT's form"),
+        "layer_replication": ((None,), "leave it out"),
+        "trainable_token_indices": ((None,), 'train the whole matrix with modules_to_save=["embed_tokens"]'),
+        "use_qalora": ((False,), "leave it out"),
+        "qalora_group_size": ((16, None), "leave it out"),
+        "alora_invocation_tokens": ((None,), "leave it out"),
+        "megatron_config": ((None,), "leave it out"),
+        "eva_config": ((None,), "leave it out, and choose another init_lora_weights"),
+        "corda_config": ((None,), "leave it out, and choose another init_lora_weights"),
+        "lora_ga_config": ((None,), "leave it out, and choose another init_lora_weights"),
+        "arrow_config": ((None,), "leave it out"),
+        "velora_config": ((None,), "leave it out"),
+        "monteclora_config": ((None,), "leave it out"),
+        "kasa_config": ((None,), "leave it out"),
+        "use_bdlora": ((None,), "leave it out"),
+    },
+)
+
+
+@explained(_NAMES)
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """An adapter's shape, with PEFT's field names."""
+    """An adapter's shape, with PEFT's field names.
+
+    PEFT's other fields are accepted where they ask for nothing. Raises TypeError for an unknown name, ValueError for a
+    value out of range and for what is not implemented.
+    """
 
     r: int = 16  # rank
     lora_alpha: float = 16  # the product is scaled by lora_alpha / r
@@ -49,10 +97,18 @@ class LoraConfig:
     layers_to_transform: tuple[int, ...] | None = None  # numbers of the layers that get one; None for all
     modules_to_save: tuple[str, ...] = ()  # "lm_head", "embed_tokens": trained as whole copies
     random_state: int = 3407  # seed of A
+    use_dora: bool = False  # the rows of W + s (A B)^T are normed and get trained lengths (arXiv 2402.09353)
+    # True: B = 0 and A uniform. "gaussian": A normal. "pissa", "pissa_niter_N" (N steps of a faster decomposition),
+    # "olora", "loftq": see lora_jax.lora_init.
+    init_lora_weights: bool | str = True
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)  # name or regex of names' ends -> its r
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)  # likewise -> its lora_alpha
+    layers_pattern: str | None = None  # name of the list of layers, for layers_to_transform; there is only "layers"
+    loftq_config: Mapping[str, Any] | None = None  # for "loftq": loftq_bits 4 and loftq_iter 1 are what there is
 
     def __post_init__(self):
         """Makes tuples of lists. Raises ValueError for values outside their range."""
-        layers = self.layers_to_transform
+        layers, pattern = self.layers_to_transform, self.layers_pattern
         plain = {
             "target_modules": self.target_modules,
             "layers_to_transform": (layers,) if isinstance(layers, int) else layers,
@@ -60,23 +116,102 @@ class LoraConfig:
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value if value is None or isinstance(value, str) else tuple(value))
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r is the rank of the adapter and must be a whole number of at least 1, got {self.r!r}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                where = "r" if name == "r" else f"rank_pattern[{name!r}]"
+                raise ValueError(
+                    f"{where} is the rank of the adapter and must be a whole number of at least 1, got {rank!r}"
+                )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is a probability in [0, 1), got {self.lora_dropout!r}")
-        if not 0 < self.lora_alpha < math.inf:
-            raise ValueError(f"lora_alpha must be a number above 0, got {self.lora_alpha!r}")
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if not 0 < alpha < math.inf:
+                raise ValueError(f"lora_alpha must be a number above 0, got {alpha!r}")
         if self.layers_to_transform == ():
             raise ValueError("layers_to_transform is empty: no layer would get an adapter; None is for all layers")
+        if pattern is not None:
+            patterns = {pattern} if isinstance(pattern, str) else set(pattern)
+            if not patterns <= {"layers", "model.layers"}:
+                raise ValueError(
+                    f"layers_pattern={pattern!r}: the list of layers is called 'layers' in every model here"
+                )
+            object.__setattr__(self, "layers_pattern", "layers")
         if unknown := set(self.modules_to_save) - {"lm_head", "embed_tokens"}:
             raise ValueError(
                 f"modules_to_save: {sorted(unknown)} cannot be trained whole; 'lm_head', 'embed_tokens' can"
             )
+        self._check_start()
+
+    def _check_start(self) -> None:
+        kind = self.start
+        if starts_in_weight(kind) and self.lora_dropout:
+            raise ValueError(
+                f"init_lora_weights={kind!r} with lora_dropout={self.lora_dropout}: the adapter is the principal part "
+                "of the weight, which dropout would discard; set lora_dropout=0"
+            )
+        if kind not in ("default", "gaussian") and self.use_dora:
+            raise ValueError(f"use_dora=True and init_lora_weights={kind!r} are not implemented together; use one")
+        wanted = {"loftq_bits": 4, "loftq_iter": 1}
+        given = dict(self.loftq_config or {})
+        if unknown := {k: v for k, v in given.items() if v != wanted.get(k)}:
+            raise ValueError(
+                f"loftq_config={unknown}: there is {wanted} only, since further iterations change the base weights, "
+                "and the adapter would fit no base but that one"
+            )
+        if given and kind != "loftq":
+            raise ValueError('loftq_config is for init_lora_weights="loftq"')
+
+    @property
+    def start(self) -> str:
+        """How it starts: "default", "gaussian", or one of `lora_init.FROM_WEIGHT`."""
+        return check_kind(self.init_lora_weights)
 
     @property
     def scale(self) -> float:
-        """Factor of the adapter's product."""
+        """Factor of the adapter's product, of modules that no pattern names."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module, by its full name."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def alpha_of(self, module: str) -> float:
+        """The lora_alpha of a module, by its full name."""
+        return _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+
+    def scale_of(self, module: str) -> float:
+        """Factor of the adapter's product, of one module."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first key that is the module's name, or a regex of its end, as PEFT reads patterns."""
+    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+# Arguments of Unsloth's get_peft_model that are no field of LoraConfig.
+_UNSLOTH = Names(
+    aliases=_NAMES.aliases,
+    no_effect={
+        **_NAMES.no_effect,
+        "max_seq_length": "it was given to from_pretrained",
+        "temporary_location": "nothing is written",
+        "unsloth_tiled_mlp": "the feed-forward layer is computed in parts where a plan of rematerialisation says so",
+    },
+    refused={
+        **_NAMES.refused,
+        "qat_scheme": ((None,), "quantisation-aware training is not implemented"),
+        "finetune_vision_layers": ((False, None), "models of text only are trained"),
+        "finetune_audio_layers": ((False, None), "models of text only are trained"),
+        "finetune_language_layers": ((True, None), "they are all that there is"),
+        "finetune_attention_modules": ((True, None), "leave q_proj, k_proj, v_proj, o_proj out of target_modules"),
+        "finetune_mlp_modules": ((True, None), "leave gate_proj, up_proj, down_proj out of target_modules"),
+        "finetune_last_n_layers": ((None,), "give the numbers of these layers as layers_to_transform"),
+    },
+)
 
 
 def get_peft_model(
@@ -91,12 +226,14 @@ def get_peft_model(
     layers_to_transform: int | Iterable[int] | None = None,
     modules_to_save: Sequence[str] | None = None,
     random_state: int = 3407,
+    use_gradient_checkpointing: bool | str | None = None,
     verbose: bool = True,
+    **more: Any,
 ) -> CausalLM:
     """Adds LoRA adapters to a model, in place, and returns it.
 
     A starts uniform in +-1 / sqrt(K), B at zero (PEFT's default for linear layers), so the model is unchanged until it
-    is trained.
+    is trained; so it is with every `init_lora_weights` but "loftq".
 
     Args:
       model: from `from_pretrained`.
@@ -113,12 +250,16 @@ def get_peft_model(
         embeddings are one matrix, either name, here and among the targets, means that matrix, in both its places, as
         with PEFT's `ensure_weight_tying`.
       random_state: seed of A.
+      use_gradient_checkpointing: for scripts written for Unsloth; `SFTConfig(gradient_checkpointing=...)` decides.
       verbose: print how many parameters are trained.
+      more: the other fields of `LoraConfig`: use_dora, init_lora_weights, rank_pattern, alpha_pattern ...
 
     Raises:
       ValueError: the model has an adapter already, a target matches nothing, or a setting is out of range.
+      TypeError: an unknown argument.
     """
     if peft_config is None:
+        fields = [field.name for field in dataclasses.fields(LoraConfig)]
         peft_config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
@@ -128,20 +269,64 @@ def get_peft_model(
             layers_to_transform=layers_to_transform,  # pyright: ignore[reportArgumentType]
             modules_to_save=modules_to_save,  # pyright: ignore[reportArgumentType]
             random_state=random_state,
+            **resolve_names("get_peft_model", more, fields, _UNSLOTH),
+        )
+    elif more:
+        raise ValueError(f"get_peft_model: got peft_config and {', '.join(more)}; put all settings into peft_config")
+    if use_gradient_checkpointing is False:
+        say_once(
+            "get_peft_model: use_gradient_checkpointing=False has no effect; SFTConfig(gradient_checkpointing=False) "
+            "turns recomputation off, which costs memory and changes no number."
         )
     if model.lora_config is not None:
         raise ValueError("the model has an adapter already; load the base model again to start another")
     peft_config = for_decoder(model.module, peft_config)
-    add_adapters(model.module, peft_config)
+    original = _original_weights(model) if peft_config.start == "loftq" else None
+    add_adapters(model.module, peft_config, original)
     model.lora_config = peft_config
+    if model.mesh is not None:
+        model.shard(model.mesh)
     if verbose:
-        trainable, total = parameter_counts(model)
-        print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+        print_trainable_parameters(model)
     return model
 
 
+def print_trainable_parameters(model: CausalLM) -> None:
+    """Prints how many parameters are trained, of how many."""
+    trainable, total = parameter_counts(model)
+    print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+
+
+def _original_weights(model: CausalLM) -> Callable[[str], np.ndarray]:
+    """Reads tensors of the checkpoint that the model's NF4 weights were made of."""
+    from lora_jax.hf_checkpoint import Checkpoint
+
+    how = 'init_lora_weights="loftq" makes up for what NF4 takes from the weights'
+    leaves = jax.tree.leaves(model.split()[2], is_leaf=lambda leaf: isinstance(leaf, NF4Weight))
+    if not any(isinstance(leaf, NF4Weight) for leaf in leaves):
+        raise ValueError(f"{how}, and this model has none in NF4: load it with load_in_4bit=True")
+    checkpoint = Checkpoint(model.source)
+    if quantized := [name for name in model.module.slots() if checkpoint.quant_state(name)]:
+        raise ValueError(
+            f"{how}, and {model.source} holds {quantized[0]} in NF4 only: load the 16-bit model with load_in_4bit=True"
+        )
+    return checkpoint.read
+
+
 def for_decoder(decoder: Decoder, config: LoraConfig) -> LoraConfig:
-    """The same adapter, "lm_head" being called "embed_tokens" where these are one matrix."""
+    """The same adapter by the names of a decoder.
+
+    "lm_head" is called "embed_tokens" where these are one matrix. Where projections are fused, the names of all parts
+    of one mean the whole.
+    """
+    if decoder.config.fused_projections and isinstance(config.target_modules, tuple):
+        targets = dict.fromkeys(config.target_modules)
+        for whole in sorted(set(_FUSED.values())):
+            parts = [part for part, its in _FUSED.items() if its == whole]
+            if set(parts) <= set(targets):
+                targets = {name: None for name in targets if name not in parts} | {whole: None}
+                say_once(f"target_modules: {', '.join(parts)} are one layer of this model, {whole}, which is adapted.")
+        config = dataclasses.replace(config, target_modules=tuple(targets))
     if decoder.lm_head is not None:
         return config
     names = {"modules_to_save": config.modules_to_save}
@@ -151,8 +336,13 @@ def for_decoder(decoder: Decoder, config: LoraConfig) -> LoraConfig:
     return dataclasses.replace(config, **once)  # pyright: ignore[reportArgumentType]
 
 
-def add_adapters(decoder: Decoder, config: LoraConfig) -> None:
-    """Puts fresh adapters and trained copies into a decoder, cutting its stacks where only some layers get one.
+def add_adapters(decoder: Decoder, config: LoraConfig, original: Callable[[str], np.ndarray] | None = None) -> None:
+    """Puts fresh adapters and trained copies into a decoder, cutting its stacks where layers get different ones.
+
+    Args:
+      decoder: without an adapter.
+      config: the adapter.
+      original: reads a tensor of the checkpoint that the weights were quantised from; for "loftq".
 
     Raises:
       ValueError: a target matches nothing, or a layer does not exist.
@@ -160,7 +350,8 @@ def add_adapters(decoder: Decoder, config: LoraConfig) -> None:
     config = for_decoder(decoder, config)
     layers = range(decoder.config.num_layers)
     targets = _target_names(decoder, config)
-    _cut_stacks(decoder, [frozenset(_targets_of_layer(decoder, targets, i)) for i in layers])
+    _check_kinds_of_modules(decoder, config, targets)
+    _cut_stacks(decoder, [frozenset(_targets_of_layer(decoder, targets, i, config)) for i in layers])
     key = jax.random.key(config.random_state)
     for name, stack, module in decoder.named_modules():
         if not isinstance(module, Linear | Embedding):
@@ -169,19 +360,61 @@ def add_adapters(decoder: Decoder, config: LoraConfig) -> None:
         if mine & targets:
             if missing := sorted(mine - targets):
                 raise ValueError(f"target_modules: all experts of a layer get an adapter or none, not {missing[0]}")
-            n, k = module.features
-            lead = module.weight.get_value().shape[:-2]
+            shapes = {(config.rank_of(full), config.scale_of(full)) for full in mine}
+            if len(shapes) > 1:
+                raise ValueError(f"rank_pattern, alpha_pattern: all experts of a layer get the same, not {name}")
+            ((rank, scale),) = shapes
             # The name keys the draw, so that the start does not depend on which other modules are adapted.
             rng = jax.random.fold_in(key, _hash(name))
             if stack is not None:
                 rng = _fold_in_each(rng, stack.first + jnp.arange(stack.count))
             if isinstance(module, ExpertLinear):
                 rng = jax.vmap(lambda rng, n=module.experts: _fold_in_each(rng, jnp.arange(n)))(rng)
-            module.lora_a = nnx.LoRAParam(_uniform(rng, k, config.r))
-            module.lora_b = nnx.LoRAParam(jnp.zeros((*lead, config.r, n), jnp.float32))
-            module.scale, module.dropout = config.scale, config.lora_dropout
+            start = config.start
+            pair = None
+            if isinstance(module, Linear) and start not in ("default", "gaussian"):
+                pair = from_weights(start, name, stack, module, rank, scale, rng, original)
+            if pair is None:
+                n, k = module.features
+                lead = module.weight.get_value().shape[:-2]
+                draw = _normal if start == "gaussian" else _uniform
+                pair = draw(rng, k, rank), jnp.zeros((*lead, rank, n), jnp.float32)
+            elif starts_in_weight(start):
+                assert isinstance(module, Linear)
+                module.start_a, module.start_b = (nnx.Param(jnp.array(part)) for part in pair)
+            module.lora_a, module.lora_b = map(nnx.LoRAParam, pair)
+            module.scale, module.dropout = scale, config.lora_dropout
+            if config.use_dora:
+                assert isinstance(module, Linear)
+                norms = norms_of_rows(module.weight.get_value(), stack)
+                module.lora_magnitude, module.weight_norm = nnx.LoRAParam(norms), nnx.Param(jnp.array(norms))
         if name.rpartition(".")[2] in config.modules_to_save:
             module.trained = nnx.LoRAParam(jnp.array(module.weight.get_value(), jnp.float32))
+
+
+def _check_kinds_of_modules(decoder: Decoder, config: LoraConfig, targets: set[str]) -> None:
+    """Refuses what only plain linear layers have, and ranks beyond theirs, before anything is changed."""
+    special = {"use_dora=True": config.use_dora}
+    special[f"init_lora_weights={config.init_lora_weights!r}"] = starts_in_weight(config.start)
+    asked = [what for what, wanted in special.items() if wanted]
+    start = config.start
+    for name, stack, module in decoder.named_modules() if asked or start == "loftq" else ():
+        if not isinstance(module, Linear | Embedding):
+            continue
+        mine = targets & {full for full, _ in full_names(name, stack, module)}
+        head = config.use_dora and name == "lm_head"
+        if isinstance(module, Linear) and start not in ("default", "gaussian"):
+            for full in mine:
+                if (rank := config.rank_of(full)) > min(module.features):
+                    raise ValueError(
+                        f"init_lora_weights={start!r}: {full} is [N, K] = {list(module.features)} and has no {rank} "
+                        "singular vectors; lower r, or give that module less by rank_pattern"
+                    )
+        if asked and mine and (head or isinstance(module, Embedding | ExpertLinear | Router)):
+            raise ValueError(
+                f"{asked[0]} is not implemented for {min(mine)}; leave {name.rpartition('.')[2]} out of target_modules"
+                ", or train without it"
+            )
 
 
 def parameter_counts(model: CausalLM) -> tuple[int, int]:
@@ -304,9 +537,11 @@ def _endings(name: str) -> set[str]:
     return {".".join(parts[i:]) for i in range(len(parts))}
 
 
-def _targets_of_layer(decoder: Decoder, targets: set[str], layer: int) -> list[str]:
+def _targets_of_layer(decoder: Decoder, targets: set[str], layer: int, config: LoraConfig) -> list[tuple]:
+    """What a layer gets: (pattern of its name, rank, scale) of every target."""
     patterns = {name for name, stack, _ in decoder.named_modules() if stack is not None}
-    return [pattern for pattern in patterns if pattern.format(layer).replace("*", "0") in targets]
+    names = {pattern: pattern.format(layer).replace("*", "0") for pattern in patterns}
+    return [(p, config.rank_of(name), config.scale_of(name)) for p, name in names.items() if name in targets]
 
 
 def _cut_stacks(decoder: Decoder, kinds: list) -> None:
@@ -349,6 +584,13 @@ def _uniform(rng: jax.Array, k: int, r: int) -> jax.Array:
     for _ in range(rng.ndim):
         draw = jax.vmap(draw)
     return draw(rng)
+
+
+def _normal(rng: jax.Array, k: int, r: int) -> jax.Array:
+    """A [..., K, R] normal with standard deviation 1 / R, float32, as PEFT's "gaussian". One key a layer."""
+    draw = jax.vmap(lambda key: jax.random.normal(key, (k, r), jnp.float32) / r)
+    a = draw(rng.reshape(-1))
+    return a.reshape(*rng.shape, k, r)
 
 
 def _fold_in_each(rng: jax.Array, numbers: jax.Array) -> jax.Array:

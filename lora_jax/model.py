@@ -11,6 +11,8 @@ from flax import nnx
 from lora_jax.models.decoder import Decoder, DecoderConfig
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from lora_jax.lora import LoraConfig
 
 __all__ = ["CausalLM"]
@@ -37,6 +39,7 @@ class CausalLM:
         self.name_or_path = name_or_path or str(source)  # what the user called it: a hub id or a folder
         self.max_seq_length = max_seq_length or module.config.max_position
         self.lora_config: LoraConfig | None = None
+        self.mesh: Mesh | None = None  # of the devices that hold the arrays, after `shard`
         self._compiled: dict[str, Any] = {}  # jitted functions of this model, by name
 
     @property
@@ -52,6 +55,30 @@ class CausalLM:
     def update_lora(self, lora: nnx.State) -> None:
         """Puts trained leaves, in the form that `split` gave them, back into the model."""
         nnx.update(self.module, lora)
+
+    def shard(self, mesh: "str | Mapping[str, int] | Mesh") -> "CausalLM":
+        """Shares the model out over several devices, in place, and returns it; steps made from it then use them all.
+
+        Args:
+          mesh: "auto", sizes such as {"data": 2, "fsdp": 4}, or a mesh; see `lora_jax.sharding.make_mesh`.
+
+        Raises:
+          ValueError: sizes that do not fit the number of devices, or do not divide the model.
+          NotImplementedError: the model cannot be divided along such an axis.
+        """
+        from lora_jax.sharding import make_mesh, place
+
+        stored = sum(leaf.nbytes for leaf in jax.tree.leaves(self.split()[2]))
+        mesh = make_mesh(mesh, model_bytes=stored)
+        place(self, mesh)
+        self.mesh = mesh
+        return self
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trained, of how many."""
+        from lora_jax.lora import print_trainable_parameters
+
+        print_trainable_parameters(self)
 
     def offload_embedding(self) -> None:
         """Keeps the table of token embeddings in the host's memory: 1 GiB of the device for an 8B Llama 3.
@@ -117,3 +144,36 @@ class CausalLM:
         from lora_jax.export.gguf import save_gguf
 
         return save_gguf(self, Path(folder), tokenizer, quantization_method, **options)
+
+    def save_pretrained_gguf_lora(self, folder: str | Path, file_type: str = "f32", **options) -> Path:
+        """Writes the adapter alone as a GGUF file for llama.cpp; see `lora_jax.export.gguf_lora.save_gguf_lora`."""
+        from lora_jax.export.gguf_lora import save_gguf_lora
+
+        return save_gguf_lora(self, Path(folder), file_type, **options)
+
+    def save_pretrained_ollama(self, folder: str | Path, tokenizer: Any = None, file_type="q8_0", **options) -> Path:
+        """Writes a folder for `ollama create`; see `lora_jax.export.ollama.save_ollama`."""
+        from lora_jax.export.ollama import save_ollama
+
+        return save_ollama(self, Path(folder), tokenizer, file_type, **options)
+
+    def push_to_hub(self, repo_id: str, tokenizer: Any = None, **options) -> str:
+        """Uploads the adapter as a PEFT folder to the Hugging Face hub; see `lora_jax.hub.save_and_push`."""
+        from lora_jax.hub import save_and_push
+
+        return save_and_push(self.save_pretrained, repo_id, tokenizer, **options)
+
+    def push_to_hub_merged(self, repo_id: str, tokenizer: Any = None, **options) -> str:
+        """Uploads base and adapter as one Hugging Face folder; see `lora_jax.hub.save_and_push`."""
+        from lora_jax.hub import save_and_push
+
+        return save_and_push(self.save_pretrained_merged, repo_id, tokenizer, **options)
+
+    def push_to_hub_gguf(
+        self, repo_id: str, tokenizer: Any = None, quantization_method: str | Sequence[str] = "q8_0", **options
+    ) -> str:
+        """Uploads base and adapter as GGUF files; see `lora_jax.hub.save_and_push`."""
+        from lora_jax.hub import save_and_push
+
+        options["quantization_method"] = quantization_method
+        return save_and_push(self.save_pretrained_gguf, repo_id, tokenizer, **options)

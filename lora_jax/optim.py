@@ -31,6 +31,9 @@ def make_optimizer(config: SFTConfig, total_steps: int) -> tuple[optax.GradientT
     are stored between steps as `scale_by_adam8bit` describes. `config.optim_is_paged` is not looked at: that is
     `keep_on_host`, which must stand outside all else.
 
+    lr is multiplied by `config.loraplus_lr_ratio` for B and DoRA's magnitudes (LoRA+, Hayou et al., arXiv:2402.12354,
+    as PEFT groups parameters); adapters on embeddings and whole copies have their own peaks, see `SFTConfig`.
+
     Args:
         config: the settings.
         total_steps: optimizer steps of the whole run, where the schedule ends.
@@ -47,9 +50,33 @@ def make_optimizer(config: SFTConfig, total_steps: int) -> tuple[optax.GradientT
     ]
     if config.weight_decay:
         parts.insert(1, optax.add_decayed_weights(config.weight_decay))
+    if config.loraplus_lr_ratio is not None or config.embedding_learning_rate is not None:
+        parts.append(_scale_by_kind(config))
     if config.max_grad_norm:
         parts.insert(0, clip_by_global_norm(config.max_grad_norm))
     return optax.chain(*parts), schedule
+
+
+def _scale_by_kind(config: SFTConfig) -> optax.GradientTransformation:
+    """Multiplies the updates of some leaves, by their place in the tree: groups of parameters with other rates."""
+
+    def factor(path: Any) -> float:
+        place = jax.tree_util.keystr(path)
+        if "trained" in place:
+            return (config.embedding_learning_rate or config.learning_rate) / config.learning_rate
+        if config.loraplus_lr_ratio is None:
+            return 1.0
+        if "embed_tokens" in place:
+            return config.loraplus_lr_embedding / config.learning_rate
+        return config.loraplus_lr_ratio if "lora_b" in place or "lora_magnitude" in place else 1.0
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree_util.tree_map_with_path(
+            lambda path, u: u if (f := factor(path)) == 1.0 else u * jnp.asarray(f, u.dtype), updates
+        ), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -194,7 +194,7 @@ def of_config(
             part.weight.set_value(NF4Weight.abstract(part.weight.get_value().shape, True))
     model = CausalLM(module, hf_config=hf_config, source=Path())
     lora_config = for_decoder(module, lora_config)
-    shapes = [(k, lora_config.r, n) for k, n in adapter_shapes(model, lora_config).values()]
+    shapes = [(k, lora_config.rank_of(name), n) for name, (k, n) in adapter_shapes(model, lora_config).items()]
     trained = [(k, r) for k, r, _ in shapes] + [(r, n) for _, r, n in shapes]
     vocabulary = (config.vocab_size, config.hidden_size)
     trained += [vocabulary for name in lora_config.modules_to_save if name in ("embed_tokens", "lm_head")]

@@ -29,7 +29,8 @@ _SHORT = {
 # Settings that are neither SFTConfig's nor LoraConfig's, and LoraConfig's.
 OWN = ("model", "data", "eval_data", "load_in_4bit", "offload_embedding", "dtype", "resume")
 LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
-LORA += ("layers_to_transform", "modules_to_save", "random_state")
+LORA += ("layers_to_transform", "modules_to_save", "random_state", "use_dora", "init_lora_weights")
+LORA += ("rank_pattern", "alpha_pattern", "layers_pattern", "loftq_config")
 _FIELDS = tuple(field.name for field in dataclasses.fields(SFTConfig))
 
 

@@ -3,10 +3,14 @@
 The loop itself is in `lora_jax.loop`. For one of your own use `make_train_step` and any optax optimizer.
 """
 
+import dataclasses
+import inspect
+import itertools
 import math
 import os
 import shutil
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +20,9 @@ import jax
 
 from lora_jax import checkpoint as ckpt
 from lora_jax.batches import BatchIterator, Example, eval_batches
-from lora_jax.config import SFTConfig
+from lora_jax.config import Names, SFTConfig, resolve_names, say_once
 from lora_jax.loop import Run, TrainerControl, TrainerState, TrainOutput
+from lora_jax.sharding import row_shards
 
 if TYPE_CHECKING:
     from lora_jax.model import CausalLM
@@ -26,16 +31,22 @@ __all__ = ["SFTConfig", "SFTTrainer", "TrainOutput", "TrainerControl", "TrainerS
 
 # Arguments of TRL's SFTTrainer that cannot be honoured here, and what to do instead.
 _REFUSED = {
-    "data_collator": "batches are built by lora_jax.batches; give rows with input_ids and labels for masks of your own",
     "compute_loss_func": "write a loop over lora_jax.step.train_step for a loss of your own",
     "compute_metrics": "use a callback with on_evaluate",
     "preprocess_logits_for_metrics": "logits are never formed in training",
     "optimizer_cls_and_kwargs": "pass optimizers=(an optax transformation, a schedule or None)",
     "model_init": "load the model first",
-    "max_seq_length": "it belongs to args: SFTConfig(max_length=...)",
-    "packing": "it belongs to args: SFTConfig(packing=...)",
-    "dataset_text_field": "it belongs to args: SFTConfig(dataset_text_field=...)",
+    "data_collator": "batches are built by lora_jax.batches; give rows with input_ids and labels for masks of your own",
 }
+# Arguments that earlier versions of TRL's SFTTrainer took, and now SFTConfig does.
+_OF_ARGS = ("max_seq_length", "max_length", "packing", "dataset_text_field", "dataset_num_proc", "dataset_batch_size")
+_OF_ARGS += ("dataset_kwargs", "neftune_noise_alpha", "num_of_sequences", "chars_per_token", "eval_packing")
+_NAMES = Names(
+    no_effect={"infer_schema": "rows are read as they are", "use_cache": "training never builds a KV cache"},
+    refused={name: ((None,), instead) for name, instead in _REFUSED.items()},
+)
+# Collators that only pad and copy labels, which is done here anyway.
+_PLAIN_COLLATORS = ("DataCollatorForSeq2Seq", "DataCollatorWithPadding", "DefaultDataCollator", "default_data_collator")
 
 
 class SFTTrainer:
@@ -54,6 +65,8 @@ class SFTTrainer:
             on_save, on_epoch_end, on_train_end(args, state, control, **kwargs); `transformers.TrainerCallback` works.
         optimizers: (an optax transformation, its schedule or None) in place of what `args` describe. The transformation
             includes the learning rate; the schedule is only shown.
+        more: what earlier versions of TRL took here and now `SFTConfig` takes (`max_seq_length`, `packing`,
+            `dataset_text_field`); transformers' `data_collator`s that only pad, which have no effect.
 
     Raises:
         ValueError: arguments that contradict each other, or data that cannot be trained on.
@@ -73,9 +86,9 @@ class SFTTrainer:
         formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
-        **unsupported: Any,
+        **more: Any,
     ) -> None:
-        _refuse(unsupported)
+        of_args = _settle(more)
         if args is not None and not isinstance(args, SFTConfig):
             raise TypeError(f"SFTTrainer: args is a {type(args).__name__}; wanted a lora_jax.SFTConfig.")
         if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
@@ -83,8 +96,18 @@ class SFTTrainer:
                 "SFTTrainer: got processing_class and tokenizer, which are two names for one thing, with different "
                 "values. Give only processing_class."
             )
-        self.args = args or SFTConfig()
+        self.args = _with_settings(args or SFTConfig(), of_args)
         self.model = _with_adapter(model, peft_config)
+        self.mesh = getattr(self.model, "mesh", None)
+        wanted = self.args.mesh if self.mesh is None or self.args.mesh != "auto" else None
+        if (mesh := wanted or self.mesh) is not None:  # a fresh adapter is not on the mesh yet
+            if self.args.optim_is_paged:
+                raise ValueError(
+                    f"SFTTrainer: optim={self.args.optim!r} keeps its state on the host, which is not possible with a "
+                    "mesh. Use 'adamw_8bit' or 'adamw_torch'."
+                )
+            self.mesh = self.model.shard(mesh).mesh
+        self._row_shards = row_shards(self.mesh)
         self.processing_class = processing_class if processing_class is not None else tokenizer
         self.callbacks: list[Any] = [c() if isinstance(c, type) else c for c in callbacks or ()]
         self.state = TrainerState()
@@ -92,8 +115,11 @@ class SFTTrainer:
         self.max_length = self.args.max_length or getattr(model, "max_seq_length", None) or 1024
         self._formatting_func = formatting_func
         self._optimizers = optimizers
-        self._train_examples = self._tokenize(train_dataset, self._rows_needed())
-        self._eval_examples = self._tokenize(eval_dataset)
+        self._responses: tuple[str, str, bool] | None = None
+        self._train_rows_read = self._load(train_dataset, self._rows_needed())
+        self._eval_rows_read = self._load(eval_dataset)
+        self._train_examples = self._tokenize(self._train_rows_read)
+        self._eval_examples = self._tokenize(self._eval_rows_read)
         if self.args.eval_strategy != "no" and self._eval_examples is None:
             raise ValueError(
                 f"SFTTrainer: eval_strategy={self.args.eval_strategy!r} wants an eval_dataset; got none. Pass one, or "
@@ -131,7 +157,7 @@ class SFTTrainer:
         Returns:
             {"eval_loss", "eval_num_label_tokens", "eval_runtime", "epoch"}; also appended to `state.log_history`.
         """
-        examples = self._eval_examples if eval_dataset is None else self._tokenize(eval_dataset)
+        examples = self._eval_examples if eval_dataset is None else self._tokenize(self._load(eval_dataset))
         if examples is None:
             raise ValueError("SFTTrainer.evaluate: there is no eval_dataset. Pass one here or to SFTTrainer.")
         began = time.perf_counter()
@@ -140,7 +166,7 @@ class SFTTrainer:
             self._eval_step = self._make_eval_step()
         sums = [
             self._eval_step(lora, frozen, self.model.with_embeddings(batch))
-            for batch in eval_batches(examples, self.args.per_device_eval_batch_size, max_length=self.max_length)
+            for batch in eval_batches(examples, self._eval_rows, max_length=self.max_length)
         ]
         sums = jax.device_get(sums)
         tokens = sum(int(s["num_label_tokens"]) for s in sums)
@@ -195,6 +221,28 @@ class SFTTrainer:
             os.replace(path, folder / path.name)
         aside.rmdir()
 
+    def train_on_responses(self, instruction_part: str, response_part: str, last_only: bool = False) -> None:
+        """Tokenises the data again, to train on responses alone; `chat_templates.train_on_responses_only` explains."""
+        self._responses = instruction_part, response_part, last_only
+        self._train_examples = self._tokenize(self._train_rows_read)
+        self._eval_examples = self._tokenize(self._eval_rows_read)
+        self._batches = None if self._train_examples is None else self._make_batches(self._train_examples)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Another name for `processing_class`."""
+        return self.processing_class
+
+    @property
+    def train_dataset(self) -> "TokenisedRows | None":
+        """What is trained on: rows with `input_ids`, `attention_mask` and `labels`."""
+        return None if self._train_examples is None else TokenisedRows(self._train_examples)
+
+    @property
+    def eval_dataset(self) -> "TokenisedRows | None":
+        """What is evaluated on, likewise."""
+        return None if self._eval_examples is None else TokenisedRows(self._eval_examples)
+
     def add_callback(self, callback: Any) -> None:
         """Add a callback, or a class of one."""
         self.callbacks.append(callback() if isinstance(callback, type) else callback)
@@ -205,30 +253,63 @@ class SFTTrainer:
         """How many rows `max_steps` can use, so that a source without an end can be read; None for all."""
         if self.args.max_steps <= 0 or self.args.packing:
             return None
-        return self.args.max_steps * self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size
+        return self.args.max_steps * self.args.gradient_accumulation_steps * self._train_rows
 
-    def _tokenize(self, dataset: Any, limit: int | None = None) -> list[Example] | None:
+    @property
+    def _train_rows(self) -> int:
+        """Rows of one micro-batch on all devices."""
+        return self.args.per_device_train_batch_size * self._row_shards
+
+    @property
+    def _eval_rows(self) -> int:
+        return self.args.per_device_eval_batch_size * self._row_shards
+
+    def _load(self, dataset: Any, limit: int | None = None) -> Sequence[Mapping[str, Any]] | None:
         if dataset is None:
             return None
-        from lora_jax.data import load_rows, tokenize_rows
+        from lora_jax.data import load_rows
 
         endless = not hasattr(dataset, "__len__") and not isinstance(dataset, str | Path)
-        rows = load_rows(dataset, limit=limit if endless else None)
+        if endless and limit is None and self.args.packing and self.args.max_steps > 0:
+            return self._load_for_packing(dataset)
+        return load_rows(dataset, limit=limit if endless else None)
+
+    def _load_for_packing(self, dataset: Any) -> Sequence[Mapping[str, Any]]:
+        """As many rows of a stream as fill all steps: how many that are is known when they are tokenised."""
+        from lora_jax.data import load_rows
+
+        stream, rows, tokens = iter(dataset), [], 0
+        wanted = self.args.max_steps * self.args.gradient_accumulation_steps * self._train_rows * self.max_length
+        while tokens < wanted and (part := list(itertools.islice(stream, 256))):
+            rows += load_rows(part)
+            tokens += sum(map(len, self._tokenize(part, quiet=True) or ()))
+        return load_rows(rows)
+
+    def _tokenize(self, rows: Sequence[Mapping[str, Any]] | None, quiet: bool = False) -> list[Example] | None:
+        if rows is None:
+            return None
+        from lora_jax.data import tokenize_rows
+
         if self.processing_class is None and "input_ids" not in rows[0]:
             raise ValueError(
                 "SFTTrainer: rows of text want a tokenizer; got none. Pass processing_class=tokenizer (from_pretrained "
                 "returns it), or rows that hold input_ids."
             )
-        examples = tokenize_rows(
-            rows,
-            self.processing_class,
-            max_length=self.max_length,
-            dataset_text_field=self.args.dataset_text_field,
-            formatting_func=self._formatting_func,
-            completion_only_loss=self.args.completion_only_loss,
-            assistant_only_loss=self.args.assistant_only_loss,
-            progress=not self.args.disable_tqdm,
-        )
+        with warnings.catch_warnings():
+            if quiet:
+                warnings.simplefilter("ignore")
+            examples = tokenize_rows(
+                rows,
+                self.processing_class,
+                max_length=self.max_length,
+                dataset_text_field=self.args.dataset_text_field,
+                formatting_func=self._formatting_func,
+                completion_only_loss=self.args.completion_only_loss,
+                assistant_only_loss=self.args.assistant_only_loss,
+                responses=None if self._responses is None else self._responses[:2],
+                last_response_only=self._responses is not None and self._responses[2],
+                progress=not self.args.disable_tqdm and not quiet,
+            )
         vocabulary = getattr(self.model.config, "vocab_size", None)
         highest = max(int(example.input_ids.max()) for example in examples)
         if vocabulary is not None and highest >= vocabulary:
@@ -241,7 +322,7 @@ class SFTTrainer:
     def _make_batches(self, examples: list[Example]) -> BatchIterator:
         return BatchIterator(
             examples,
-            batch_size=self.args.per_device_train_batch_size,
+            batch_size=self._train_rows,
             accumulation=self.args.gradient_accumulation_steps,
             max_length=self.max_length,
             packing=self.args.packing,
@@ -306,7 +387,7 @@ class SFTTrainer:
             "base_model": None if hf_config is None else zlib.crc32(repr(sorted(hf_config.items())).encode()),
             "examples": len(self._train_examples or ()),
             "tokens_crc32": crc,
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "per_device_train_batch_size": self._train_rows,  # of all devices: their number may change
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "packing": self.args.packing,
             "max_length": self.max_length,
@@ -355,16 +436,41 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
     return get_peft_model(model, peft_config, verbose=False)
 
 
-def _refuse(unsupported: Mapping[str, Any]) -> None:
-    for name, value in unsupported.items():
-        if name in _REFUSED:
-            if value is not None:
-                raise ValueError(f"SFTTrainer: {name} is not supported: {_REFUSED[name]}.")
-            continue
-        import difflib
-        import inspect
+class TokenisedRows(Sequence):
+    """Examples as rows: dicts of lists of equal length."""
 
-        known = [p for p in inspect.signature(SFTTrainer).parameters if p != "unsupported"]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Valid names: {', '.join(known)}."
-        raise TypeError(f"SFTTrainer: unknown argument {name!r}. {hint}")
+    def __init__(self, examples: Sequence[Example]):
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return TokenisedRows(self._examples[index])
+        example = self._examples[index]
+        ids = example.input_ids.tolist()
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": example.labels.tolist()}
+
+
+def _settle(more: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among SFTTrainer's other arguments; refuses what cannot be honoured."""
+    more, collator = dict(more), more.get("data_collator")
+    name = getattr(collator, "__name__", type(collator).__name__)
+    pads = name in _PLAIN_COLLATORS or (
+        name == "DataCollatorForLanguageModeling" and not getattr(collator, "mlm", False)
+    )
+    if collator is not None and pads:
+        say_once(f"SFTTrainer: data_collator has no effect: {name} pads, which is done here anyway.")
+        del more["data_collator"]
+    known = [p for p in inspect.signature(SFTTrainer).parameters if p != "more"]
+    given = resolve_names("SFTTrainer", more, [*known, *_OF_ARGS], _NAMES)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _with_settings(args: SFTConfig, settings: Mapping[str, Any]) -> SFTConfig:
+    """The config with settings that SFTTrainer was given, under any of their names."""
+    given = SFTConfig(**settings)  # refuses what it must
+    names = {"max_length" if name == "max_seq_length" else name for name in settings}
+    fields = {field.name for field in dataclasses.fields(SFTConfig)}
+    return dataclasses.replace(args, **{name: getattr(given, name) for name in names & fields})

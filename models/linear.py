@@ -18,10 +18,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lora_jax.kernels.loss import Head
+from lora_jax.kernels.nf4.matmul import lora_matmul
 from lora_jax.kernels.nf4.shared_input import Projection, project
+from lora_jax.kernels.parallel import Shard, take_rows
 from lora_jax.kernels.rms_norm import branch_rms_norm, rms_norm
 
-__all__ = ["Embedding", "Linear", "RMSNorm", "layer_of", "set_layer", "value"]
+__all__ = ["Embedding", "Linear", "RMSNorm", "factors", "layer_of", "set_layer", "value"]
 
 
 def value(variable: nnx.Variable | None) -> Any:
@@ -46,6 +48,23 @@ def set_layer(stack, new, index):
     return jax.tree.map(lambda leaf, n: leaf.at[index].set(n.astype(leaf.dtype)), stack, new)
 
 
+def factors(module: "Linear | Embedding", index: int | tuple[int, int] | None = None) -> tuple[Any, Any]:
+    """LoRA's A [K, R] and B [R, N] as the forward pass uses them, of all entries of a stack or of one; None without.
+
+    Where the adapter started as a part of the weight (PiSSA, OLoRA), they are [A, A0] and [B, -B0] of twice the rank,
+    A0 and B0 being that start: W + s (A B - A0 B0)^T is what those methods call the adapter on the residual weight.
+    """
+
+    def part(variable):
+        whole = value(variable)
+        return whole if index is None or whole is None else layer_of(whole, index)
+
+    a, b = part(module.lora_a), part(module.lora_b)
+    if (start := getattr(module, "start_a", None)) is None:
+        return a, b
+    return jnp.concatenate([a, part(start)], axis=-1), jnp.concatenate([b, -part(module.start_b)], axis=-2)
+
+
 def _empty(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype))
 
@@ -59,7 +78,10 @@ class Linear(nnx.Module):
         self.trained: nnx.LoRAParam | None = nnx.data(None)  # [N, K], a trained copy (only lm_head has one)
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)  # [K, R]
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)  # [R, N]
-        self.lora_magnitude: nnx.LoRAParam | None = nnx.data(None)  # [N], DoRA's column norms
+        self.start_a: nnx.Param | None = nnx.data(None)  # [K, R], frozen: see `factors`
+        self.start_b: nnx.Param | None = nnx.data(None)  # [R, N]
+        self.lora_magnitude: nnx.LoRAParam | None = nnx.data(None)  # [N], DoRA's norm of each row of the weight
+        self.weight_norm: nnx.Param | None = nnx.data(None)  # [N], that of the frozen weight; with lora_magnitude only
         self.scale = 1.0
         self.dropout = 0.0
 
@@ -76,13 +98,26 @@ class Linear(nnx.Module):
     def projection(self, dropout_key: jax.Array | None = None) -> Projection:
         """This layer as an operand of functions of several layers; without a key there is no dropout."""
         rate = self.dropout if dropout_key is not None else 0.0
-        w, a, b, bias = (value(v) for v in (self.weight, self.lora_a, self.lora_b, self.bias))
-        return Projection(w, a, b, self.scale, bias, rate, dropout_key)
+        a, b = factors(self)
+        gain = None if self.lora_magnitude is None else value(self.lora_magnitude) / self._norms(a, b)
+        return Projection(value(self.weight), a, b, self.scale, value(self.bias), rate, dropout_key, gain)
+
+    def _norms(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Norms of the rows of W + s (A B)^T, float32 [N], a constant for the gradient.
+
+        DoRA (Liu et al., arXiv 2402.09353, equation 5, and section 4.3 for the gradient). By the binomial formula the
+        weight itself is only needed for W A, a matmul of R rows, and is not decoded for the norms' sake.
+        """
+        a, b = jax.lax.stop_gradient((a, b))
+        cross = lora_matmul(a.T, value(self.weight))  # (W A)^T
+        squared = value(self.weight_norm) ** 2 + 2 * self.scale * jnp.sum(cross * b, axis=0)
+        squared += self.scale**2 * jnp.sum(jnp.dot(jnp.dot(a.T, a), b) * b, axis=0)
+        return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny)))
 
     def head(self, softcap: float | None = None) -> Head:
         """This layer as the head of the loss."""
-        parts = (value(v) for v in (self.weight, self.trained, self.lora_a, self.lora_b))
-        return Head(*parts, scale=self.scale, softcap=softcap)
+        weight, axes = _share(self.weight)
+        return Head(weight, value(self.trained), *factors(self), scale=self.scale, softcap=softcap, axes=axes)
 
 
 class Embedding(nnx.Module):
@@ -119,19 +154,27 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array, dtype: DTypeLike, rows: jax.Array | None = None) -> jax.Array:
         """ids int32 [...] -> [..., D] in `dtype`; `rows`: of the frozen table, if they were looked up before."""
+        weight, axes = _share(self.weight)
         if rows is not None and self.trained is None:
             x = rows.astype(dtype)
         else:
-            x = jnp.take(value(self.weight if self.trained is None else self.trained), ids, axis=0).astype(dtype)
+            x = take_rows(weight if self.trained is None else value(self.trained), ids, axes, dtype)
         if self.lora_a is not None:
             a, b = value(self.lora_a), value(self.lora_b)
-            x += self.scale * jnp.dot(jnp.take(a, ids, axis=0).astype(dtype), b.astype(dtype))
+            x += self.scale * jnp.dot(take_rows(a, ids, axes, dtype), b.astype(dtype))
         return x
 
     def head(self, softcap: float | None = None) -> Head:
         """The tied head of the loss; what is trained is trained in both places."""
+        weight, axes = _share(self.weight)
         a, b = (None if v is None else value(v).T for v in (self.lora_b, self.lora_a))
-        return Head(value(self.weight), value(self.trained), a, b, scale=self.scale, softcap=softcap)
+        return Head(weight, value(self.trained), a, b, scale=self.scale, softcap=softcap, axes=axes)
+
+
+def _share(weight: nnx.Param) -> tuple[Any, tuple[str, ...]]:
+    """The table [V, D] that is here, and the mesh axes that share out its rows."""
+    table = value(weight)
+    return (table.value, table.axes) if isinstance(table, Shard) else (table, ())
 
 
 class RMSNorm(nnx.Module):

@@ -101,7 +101,7 @@ def test_no_public_name_is_also_a_module() -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     import lora_jax
 
-    with pytest.raises(AttributeError, match="from_pretrain.*it has .*from_pretrained"):
+    with pytest.raises(AttributeError, match="from_pretrain.*Did you mean .*from_pretrained"):
         _ = lora_jax.from_pretrain
 
 

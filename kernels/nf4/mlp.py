@@ -64,8 +64,8 @@ def _why_not(x, gate, up, down, activation) -> str | None:
     for name, p in (("gate", gate), ("up", up), ("down", down)):
         if p.a is None or p.b is None:
             return f"{name} has no adapter"
-        if p.bias is not None:
-            return f"{name} has a bias"
+        if p.bias is not None or p.gain is not None:
+            return f"{name} has a bias or a gain"
         if p.dropout_rate:
             return f"{name}'s adapter has dropout"
         if p.a.shape[1] > triton_mlp.MAX_RANK:

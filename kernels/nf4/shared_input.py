@@ -17,7 +17,7 @@ __all__ = ["Projection", "lora_matmuls", "preference", "project"]
 
 
 class Projection(NamedTuple):
-    """A frozen linear layer and its adapter: y = x W^T + scale (dropout(x) A) B + bias."""
+    """A frozen linear layer and its adapter: y = gain (x W^T + scale (dropout(x) A) B) + bias."""
 
     w: jax.Array | NF4Weight | NF4Layer  # [N, K]
     a: jax.Array | None = None  # [K, R]
@@ -26,11 +26,17 @@ class Projection(NamedTuple):
     bias: jax.Array | None = None  # [N], frozen
     dropout_rate: float = 0.0
     dropout_key: jax.Array | None = None
+    gain: jax.Array | None = None  # [N], float32, DoRA's; None for 1
 
 
 def project(x: jax.Array, p: Projection) -> jax.Array:
     """One linear layer: x [..., K] -> [..., N]; see `lora_matmul`, which may choose the implementation."""
     y = lora_matmul(x, p.w, p.a, p.b, p.scale, dropout_rate=p.dropout_rate, dropout_key=p.dropout_key)
+    return _with_gain_and_bias(y, p)
+
+
+def _with_gain_and_bias(y: jax.Array, p: Projection) -> jax.Array:
+    y = y if p.gain is None else (y * p.gain).astype(y.dtype)
     return y if p.bias is None else y + p.bias.astype(y.dtype)
 
 
@@ -72,7 +78,7 @@ def lora_matmuls(
         tuple(float(p.scale) for p in projections),
     )
     ys = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
-    return tuple(y if p.bias is None else y + p.bias.astype(y.dtype) for y, p in zip(ys, projections, strict=True))
+    return tuple(_with_gain_and_bias(y, p) for y, p in zip(ys, projections, strict=True))
 
 
 def preference(x: jax.Array, projections: Sequence[Projection]) -> tuple[str, ...]:

@@ -85,9 +85,55 @@ def test_a_class_for_each_architecture():
         _ = auto.GPT2LMHeadModel
 
 
-def test_what_transformers_takes_and_this_does_not():
-    message = "LlamaForCausalLM.from_pretrained has no option 'device_map'; it has those .*: load_in_4bit, double_quant"
-    with pytest.raises(TypeError, match=message):
-        lora_jax.LlamaForCausalLM.from_pretrained("nowhere", device_map="auto", dtype="float32")
+def test_what_transformers_takes_and_this_does_not(tmp_path, capsys):
+    folder = tiny.write_folder(tmp_path / "model", tokenizer=False)
+    model = lora_jax.LlamaForCausalLM.from_pretrained(folder, device_map={"": 0}, torch_dtype="float32", progress=False)
+    assert model.module.dtype == jnp.float32
+    assert "from_pretrained: device_map has no effect: weights are put on JAX's devices" in capsys.readouterr().err
+    with pytest.raises(TypeError, match="LlamaForCausalLM.from_pretrained: unknown argument 'dtpye'. Did you mean 'dt"):
+        lora_jax.LlamaForCausalLM.from_pretrained("nowhere", dtpye="float32")
     with pytest.raises(TypeError, match="LlamaForCausalLM has no instances: LlamaForCausalLM.from_pretrained"):
         lora_jax.LlamaForCausalLM()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"load_in_8bit": True}, r"load_in_8bit=True is not supported: use load_in_4bit=True \(NF4\)"),
+        ({"full_finetuning": True}, "full_finetuning=True is not supported: only adapters"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling=.* is not supported: put 'rope_scaling' into"),
+        ({"load_in_4bit": True, "load_in_16bit": True}, "got load_in_4bit=True and load_in_16bit=True"),
+        ({"quantization_config": {"load_in_8bit": True}}, "load_in_8bit is not supported"),
+        ({"quantization_config": {"load_in_4bit": True}}, "bnb_4bit_quant_type is 'fp4'; wanted \"nf4\""),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        lora_jax.FastLanguageModel.from_pretrained("nowhere", 64, **options)
+
+
+def test_unsloths_and_trls_names_of_loading(tmp_path, capsys):
+    folder = tiny.write_folder(tmp_path / "model")
+    unsloth = {"max_seq_length": 64, "dtype": None, "gpu_memory_utilization": 0.5, "fast_inference": True}
+    model, tokenizer = lora_jax.FastLanguageModel.from_pretrained(str(folder), **unsloth, progress=False)
+    assert model.module.slots()["model.layers.0.mlp.up_proj.weight"].variable.get_value().double_quantized
+    assert (model.max_seq_length, tokenizer.eos_token_id) == (64, 257)
+    assert "fast_inference has no effect" in capsys.readouterr().err
+    assert lora_jax.FastLanguageModel.for_inference(model) is model
+    assert lora_jax.FastLanguageModel.get_peft_model(model, r=2, verbose=False) is model
+    model.save_pretrained(tmp_path / "adapter")
+    quantization = lora_jax.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = lora_jax.AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, progress=False)
+    assert not base.module.slots()["model.layers.0.mlp.up_proj.weight"].variable.get_value().double_quantized
+    base = lora_jax.prepare_model_for_kbit_training(base, use_gradient_checkpointing=True)
+    assert lora_jax.PeftModel.from_pretrained(base, tmp_path / "adapter").lora_config.r == 2
+    assert lora_jax.is_bfloat16_supported() is True
+
+
+def test_what_is_not_there_says_why():
+    with pytest.raises(NotImplementedError, match="GRPOTrainer is not implemented: only supervised fine-tuning"):
+        lora_jax.GRPOTrainer(model=None)
+    with pytest.raises(NotImplementedError, match="FastVisionModel is not implemented: only models of text"):
+        lora_jax.FastVisionModel.from_pretrained("x")
+    with pytest.raises(AttributeError, match="has no attribute 'FastLanguageModle'. Did you mean 'FastLanguageModel'"):
+        _ = lora_jax.FastLanguageModle
