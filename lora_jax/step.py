@@ -69,7 +69,7 @@ def sum_of_losses(
             "model.with_embeddings(batch) to the step"
         )
     plan = RematPlan.of(remat)
-    groups = plan.wrappers(model.config.num_layers, scan_layers)
+    groups = plan.wrappers(model.config.num_layers)
     how: Any = dict(checkpoint=groups, scan=scan_layers, mlp_rows=plan.mlp_rows, dropout_key=dropout_key)
     how["inputs_embeds"] = embeds
     if router_aux_loss_coef is not None:
