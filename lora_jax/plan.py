@@ -562,10 +562,11 @@ def _choose(work: Workload, card: Card, budget: int, mlp_rows: int | None, form:
     for names in _OFFLOADS:
         if mlp_rows is not None and {"gate", "up"} & set(names):  # they exist in parts only
             continue
-        for count in (layers, layers // 2) if set(names) - {"input"} else (layers,):
-            first = {"thin": "save", **dict.fromkeys(names, "offload")}
-            first |= {"attention_lse": "save"} if "attention" in names else {}
-            rest = {name: action for name, action in first.items() if name in ("thin", "input")}
+        first = {"thin": "save", **dict.fromkeys(names, "offload")}
+        first |= {"attention_lse": "save"} if "attention" in names else {}
+        rest = {name: action for name, action in first.items() if name == "thin" or (name == "input" != names[-1])}
+        for part in (1.0, 0.75, 0.5, 0.25):
+            count = math.ceil(part * layers)
             state = [first] * count + [rest] * (layers - count)
             if (plan := _filled(work, card, budget, mlp_rows, form, state)) is not None:
                 plans.append(plan)
