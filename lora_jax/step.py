@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from lora_jax.cards import this_card
+from lora_jax.kernels.dispatch import default_platform
 from lora_jax.kernels.loss.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from lora_jax.plan import Workload, budget_of, choose, memory, of_step, scans_layers
 from lora_jax.remat import RematPlan
@@ -209,7 +210,10 @@ def _jitted(
         how: Any = dict(remat=plan, scan_layers=scans, dropout=dropout, router_aux_loss_coef=router_aux_loss_coef)
         return train_step(lora, opt_state, frozen, batch, graph=graph, optimizer=optimizer, **how)
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    # Matmuls by cuBLAS alone: a step of 8B is 1.2 % faster than with those that XLA would write in Triton, and compiles
+    # in less time.
+    options = {"xla_gpu_enable_triton_gemm": False} if default_platform() == "gpu" else None
+    return jax.jit(step, donate_argnums=(0, 1), compiler_options=options)
 
 
 class PlannedStep:
@@ -234,7 +238,8 @@ class PlannedStep:
         self.plans: dict[tuple[int, ...], RematPlan] = {}
         self._router_aux_loss_coef = router_aux_loss_coef
         self._scan_layers, self._quantized_activations = scan_layers, quantized_activations
-        self._model, self._optimizer, self._budget, self._compiled = model, optimizer, budget, {}
+        # Half a percent is for what lives beside the step: the next batch, metrics.
+        self._model, self._optimizer, self._budget, self._compiled = model, optimizer, int(0.995 * budget), {}
 
     def __call__(self, lora, opt_state, frozen, batch):
         """Takes a step; see `make_train_step`."""
