@@ -342,10 +342,9 @@ def _looped(work: Workload, plan: RematPlan) -> bool:
 def _kept_weights(w: Widths) -> int:
     """Weights of a layer that stay decoded from forward to backward if everything is kept.
 
-    Where layers are written out, the compiler sees that backward decodes these as forward did, and does it once. Gate
-    and up are decoded in one piece in backward alone.
+    Where layers are written out, the compiler sees that backward decodes weights as forward did, and does it once.
     """
-    return w.qkv + w.hidden * w.attention + w.experts * w.hidden * w.mlp
+    return w.qkv + w.hidden * w.attention + 3 * w.experts * w.hidden * w.mlp
 
 
 def _by_kind(c: "DecoderConfig", groups: list[tuple[int, dict[str, str]]]) -> Iterator[tuple[int, int, dict[str, str]]]:
