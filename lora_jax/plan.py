@@ -251,7 +251,7 @@ def _local_shape(leaf: Any) -> tuple[int, ...]:
 _MLP_ARRAYS = 3.2
 _HIDDEN_ARRAYS, _DECODED, _LAYOUTS = (6.25, 6.0), (2.65, 3.0), (0.0, 1.0)
 _LEAST_HIDDEN_ARRAYS, _LEAST_DECODED = 2.0, 1.0
-_DECODED_EXPERTS = 3.0
+_DECODED_EXPERTS, _LEAST_DECODED_EXPERTS = 3.0, 1.4
 _LOSS_HIDDEN_ARRAYS = 3.0
 
 
@@ -297,12 +297,13 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
             unnamed += count * (3 if looped else 1) * rows * w.hidden * a
             unnamed += 0 if looped or not work.nf4 else count * a * _kept_weights(w)
         here = a * _mlp_arrays(actions) * _rows_at_once(work, plan, actions) * w.mlp
-        hidden, decoded = _HIDDEN_ARRAYS[looped], _DECODED[looped]
+        hidden, decoded, least = _HIDDEN_ARRAYS[looped], _DECODED[looped], _LEAST_DECODED
+        if w.experts > 1:
+            decoded, least = _DECODED_EXPERTS, _LEAST_DECODED_EXPERTS
         if not looped:
             missing = 0 if ALL in actions else len(_missing(actions)) / len(_BUNDLES)
             hidden = _LEAST_HIDDEN_ARRAYS + missing * (hidden - _LEAST_HIDDEN_ARRAYS)
-            decoded = _LEAST_DECODED + missing * (decoded - _LEAST_DECODED)
-        decoded = _DECODED_EXPERTS if w.experts > 1 else decoded
+            decoded = least + missing * (decoded - least)
         here += a * (hidden * rows * w.hidden + decoded * w.experts * w.hidden * w.mlp)
         # While one layer's tensors are in use, those of the next are on their way.
         workspace = max(workspace, here + (0 if looped else moved))
