@@ -8,7 +8,9 @@ reach the same share of what their makers state, so compare plans by them rather
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,7 +36,9 @@ MOST_WRITTEN_OUT = 48  # layers that a step writes out instead of looping over t
 
 # Shares of the stated rates that whole steps reached (H100, Llama-3.1-8B's shape, 2 x 2048 tokens, rank 16).
 _MATMUL, _ATTENTION, _ELEMENTWISE, _COPY, _DECODE = 0.745, 0.45, 0.68, 0.88, 0.68
-_LONG_ATTENTION = 0.62  # with many keys
+_LONG_ATTENTION = 0.6  # with many keys
+_ATTENTION_BACKWARD = 2.0  # times as long as forward, less the one forward
+_OVERLAP = 0.97  # share of a layer's time in which copies are under way
 _ROUNDING_PASSES = 4.0  # over a tensor kept in 8 bits: its largest values, its codes (half a pass more), decoding it
 
 
@@ -241,11 +245,13 @@ def _local_shape(leaf: Any) -> tuple[int, ...]:
 # ---- memory -------------------------------------------------------------------------------------------------------
 
 # Bytes that the program for a step needs beside what its formula names, counted in compiled programs: in backward,
-# [M, F] arrays (of which one is kept anyway where gate and up are), [M, D] arrays and decoded weights [F, D] that live
-# at once, and copies of the trained leaves in another layout. The pairs: layers written out, layers in a loop.
-_MLP_ARRAYS, _SAVED_MLP = 5.0, 1.0
-_HIDDEN_ARRAYS, _DECODED, _LAYOUTS = (5.0, 6.0), (1.5, 3.0), (0.0, 1.0)
-_DECODED_EXPERTS = 3.0
+# [M, F] arrays (less gate and up where they are kept: their gradients take their place), [M, D] arrays and decoded
+# weights [F, D] that live at once, and copies of the trained leaves in another layout. The pairs: layers written out,
+# layers in a loop. Where layers are written out, what is not computed again does not need its part.
+_MLP_ARRAYS = 3.2
+_HIDDEN_ARRAYS, _DECODED, _LAYOUTS = (6.25, 6.0), (2.65, 3.0), (0.0, 1.0)
+_LEAST_HIDDEN_ARRAYS, _LEAST_DECODED = 2.0, 1.0
+_DECODED_EXPERTS, _LEAST_DECODED_EXPERTS = 3.0, 1.4
 _LOSS_HIDDEN_ARRAYS = 3.0
 
 
@@ -279,20 +285,28 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
     kept: dict[str, int] = dict.fromkeys(NAMES, 0)
     looped = _looped(work, plan)
     host, unnamed, workspace = 0, 0, 0.0
-    for layer, actions in _by_layer(groups):
-        w = layer_widths(work.config, layer)
+    for layer, count, actions in _by_kind(work.config, groups):
+        w, moved = layer_widths(work.config, layer), 0
         for name, size in work.kept_bytes(layer, actions).items():
-            offloaded = actions.get(name) == "offload"
-            kept[name] += 0 if offloaded else size
-            host += size if offloaded else 0
+            if actions.get(name) == "offload":
+                moved += size
+            else:
+                kept[name] += count * size
+        host += count * moved
         if ALL in actions:  # the norms' results and the like
-            unnamed += (3 if looped else 1) * rows * w.hidden * a
-            unnamed += 0 if looped or not work.nf4 else a * _kept_weights(w)
-        exact = ALL in actions or actions.get("gate") == actions.get("up") == "save"
-        arrays = _MLP_ARRAYS - _SAVED_MLP * exact
-        here = arrays * _rows_at_once(work, plan, actions) * w.mlp + _HIDDEN_ARRAYS[looped] * rows * w.hidden
-        decoded = _DECODED_EXPERTS if w.experts > 1 else _DECODED[looped]
-        workspace = max(workspace, a * (here + decoded * w.experts * w.hidden * w.mlp))
+            unnamed += count * (3 if looped else 1) * rows * w.hidden * a
+            unnamed += 0 if looped or not work.nf4 else count * a * _kept_weights(w)
+        here = a * _mlp_arrays(actions) * _rows_at_once(work, plan, actions) * w.mlp
+        hidden, decoded, least = _HIDDEN_ARRAYS[looped], _DECODED[looped], _LEAST_DECODED
+        if w.experts > 1:
+            decoded, least = _DECODED_EXPERTS, _LEAST_DECODED_EXPERTS
+        if not looped:
+            missing = 0 if ALL in actions else len(_missing(actions)) / len(_BUNDLES)
+            hidden = _LEAST_HIDDEN_ARRAYS + missing * (hidden - _LEAST_HIDDEN_ARRAYS)
+            decoded = least + missing * (decoded - least)
+        here += a * (hidden * rows * w.hidden + decoded * w.experts * w.hidden * w.mlp)
+        # While one layer's tensors are in use, those of the next are on their way.
+        workspace = max(workspace, here + (0 if looped else moved))
     gradients = 1 + (work.accumulation > 1) + _LAYOUTS[looped] + (len(groups) > 1)
     loss = _loss_bytes(work, card) + work.adapters * _LAYOUTS[looped]
     loss += _LOSS_HIDDEN_ARRAYS * rows * work.config.hidden_size * a
@@ -306,6 +320,10 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         backward=int(gradients * work.adapters + workspace),
         host=host,
     )
+
+
+def _mlp_arrays(actions: dict[str, str]) -> float:
+    return _MLP_ARRAYS - (2 if ALL in actions else sum(actions.get(name) == "save" for name in ("gate", "up")))
 
 
 def _keeps_mlp(actions: dict[str, str]) -> bool:
@@ -325,15 +343,26 @@ def _looped(work: Workload, plan: RematPlan) -> bool:
 def _kept_weights(w: Widths) -> int:
     """Weights of a layer that stay decoded from forward to backward if everything is kept.
 
-    Where layers are written out, the compiler sees that backward decodes these as forward did, and does it once. Gate
-    and up are decoded in one piece in backward alone.
+    Where layers are written out, the compiler sees that backward decodes weights as forward did, and does it once.
     """
-    return w.qkv + w.hidden * w.attention + w.experts * w.hidden * w.mlp
+    return w.qkv + w.hidden * w.attention + 3 * w.experts * w.hidden * w.mlp
 
 
-def _by_layer(groups: list[tuple[int, dict[str, str]]]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(number of the layer, its actions) of every layer."""
-    return enumerate(actions for count, actions in groups for _ in range(count))
+def _by_kind(c: "DecoderConfig", groups: list[tuple[int, dict[str, str]]]) -> Iterator[tuple[int, int, dict[str, str]]]:
+    """(number of a layer, how many of its group are like it, their actions): all layers, by what they take."""
+    start = 0
+    for count, actions in groups:
+        kinds = Counter(_kinds(c)[start : start + count])
+        start += count
+        for layer, number in kinds.items():
+            yield layer, number, actions
+
+
+@functools.cache
+def _kinds(c: "DecoderConfig") -> tuple[int, ...]:
+    """For every layer the first one that is like it."""
+    kinds = [(layer_widths(c, layer), window) for layer, window in enumerate(c.windows)]
+    return tuple(kinds.index(kind) for kind in kinds)
 
 
 def _loss_bytes(work: Workload, card: Card) -> int:
@@ -361,8 +390,7 @@ _BUNDLES = {
 def scans_layers(plan: RematPlan, num_layers: int) -> bool:
     """Whether a step loops over its layers if nobody says: a loop compiles sooner, written out they run faster.
 
-    The compiler moves tensors to the host and back at the right time only in a loop, and reserves the results of loops
-    over parts of a feed-forward layer for all layers at once if these are written out.
+    With feed-forward layers in parts, which is for those who have no memory to spare, a loop takes less of it.
     """
     from lora_jax.kernels.dispatch import default_platform
 
@@ -370,47 +398,67 @@ def scans_layers(plan: RematPlan, num_layers: int) -> bool:
 
 
 def _must_loop(plan: RematPlan, num_layers: int) -> bool:
-    return num_layers > MOST_WRITTEN_OUT or plan.offloads or plan.mlp_rows is not None
+    return num_layers > MOST_WRITTEN_OUT or plan.mlp_rows is not None
+
+
+def _missing(actions: dict[str, str]) -> list[str]:
+    """The operations that backward does again."""
+    return [op for names, op in _BUNDLES.items() if not all(name in actions for name in names)]
 
 
 def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
     """Estimates the seconds of a step by part: "forward", "backward", "recomputation", "copies", "head", "optimizer".
 
-    "copies" are kept tensors on their way to and from the host and, where layers are a loop, into and out of the
-    arrays that hold those of all layers; they overlap with nothing. Raises ValueError if the plan is for another number
+    "copies" are kept tensors on their way to and from the host, as far as the GPU waits for them, and where layers are
+    a loop into and out of the arrays that hold those of all layers. Raises ValueError if the plan is for another number
     of layers.
     """
     m, a, slow = work.tokens, work.itemsize, _ELEMENTWISE * card.bandwidth * 1e9
     forward = backward = again = copies = 0.0
     looped = _looped(work, plan)
-    for layer, actions in _by_layer(plan.resolve(work.config.num_layers)):
+    for layer, count, actions in _by_kind(work.config, plan.resolve(work.config.num_layers)):
         w, sizes = layer_widths(work.config, layer), work.kept_bytes(layer, actions)
         cost = _layer_seconds(work, card, layer)
         # Bytes of norms, rotations, activation, residual additions and adapters, read and written, forward.
         light = m * a * (11 * w.hidden + 2 * w.q + 2 * w.attention + w.k + w.v + 3 * w.mlp) / slow
         # Of the adapters alone dA and dB: two passes over inputs and gradients of all linear layers.
         adapters = m * a * (4 * w.hidden + w.q + w.attention + w.k + w.v + 3 * w.mlp) / slow
-        forward += sum(cost.values()) + light
-        backward += sum(cost.values()) + 1.5 * cost["attention"] + 1.75 * light + adapters
+        ahead = sum(cost.values()) + light
+        back = sum(cost.values()) + _ATTENTION_BACKWARD * cost["attention"] + 1.75 * light + adapters
+        forward += count * ahead
+        backward += count * back
         if ALL in actions:
             if work.nf4 and not looped:
-                backward -= _decode_seconds(card, _kept_weights(w))
-            copies += looped * 2 * sum(sizes.values()) / (_COPY * card.bandwidth * 1e9)
+                backward -= count * _decode_seconds(card, _kept_weights(w))
+            copies += count * looped * 2 * sum(sizes.values()) / (_COPY * card.bandwidth * 1e9)
             continue
         # Weights are decoded in every part again: gate, up and down forward, computing them again, and backward.
         parts = -(-m // _rows_at_once(work, plan, actions))
-        again += work.nf4 * (parts - 1) * _decode_seconds(card, 8 * w.experts * w.hidden * w.mlp)
-        missing = [op for names, op in _BUNDLES.items() if not all(name in actions for name in names)]
-        again += sum(cost[op] for op in missing) + light * (0.3 + 0.1 * len(missing))
+        anew = work.nf4 * (parts - 1) * _decode_seconds(card, 8 * w.experts * w.hidden * w.mlp)
+        missing = _missing(actions)
+        anew += sum(cost[op] for op in missing) + light * (0.3 + 0.1 * len(missing))
         rounded = [size for name, size in work.named_bytes(layer).items() if actions.get(name) == "save_quantized"]
-        again += _ROUNDING_PASSES * sum(rounded) / slow
-        for name, action in actions.items():
-            rate = card.host_bandwidth if action == "offload" else _COPY * card.bandwidth
-            copies += (looped or action == "offload") * 2 * sizes[name] / (rate * 1e9)
+        anew += _ROUNDING_PASSES * sum(rounded) / slow
+        again += count * anew
+        moved = [size / (card.host_bandwidth * 1e9) for name, size in sizes.items() if actions.get(name) == "offload"]
+        if looped:
+            stacked = sum(size for name, size in sizes.items() if actions.get(name) in ("save", "save_quantized"))
+            copies += count * 2 * (stacked / (_COPY * card.bandwidth * 1e9) + sum(moved))
+        else:
+            copies += count * sum(_waiting(moved, busy) for busy in (ahead, back + anew))
     head = 4 * m * work.config.vocab_size * work.config.hidden_size / (_MATMUL * card.tflops * 1e12)
     micro = {"forward": forward, "backward": backward, "recomputation": again, "copies": copies, "head": head}
     parts = {name: work.accumulation * value for name, value in micro.items()}
     return {**parts, "optimizer": 7 * work.adapters / (_COPY * card.bandwidth * 1e9)}
+
+
+def _waiting(copies: list[float], busy: float) -> float:
+    """Seconds that the GPU waits for copies that take so many seconds each, while a layer keeps it busy otherwise.
+
+    The compiler has two copies under way at a time: where a layer has more, it waits for the others.
+    """
+    copies = sorted(copies)
+    return sum(copies[:-2]) + max(0.0, sum(copies[-2:]) - _OVERLAP * busy)
 
 
 def model_flops(work: Workload) -> float:
@@ -506,58 +554,107 @@ def _mlp_rows(work: Workload) -> list[int | None]:
 def _choose(work: Workload, card: Card, budget: int, mlp_rows: int | None, form: str) -> RematPlan | None:
     """The fastest plan with these rows of the feed-forward layers, or None if none fits.
 
-    Greedy: from recomputing everything, what saves most seconds for its bytes is kept for as many layers as fit, then
-    the next. If recomputing everything does not fit, the inputs of as few layers as possible go to the host; or are
-    kept in 8 bits, if that is enough and `form`, in which tensors are kept, is "save_quantized".
+    For every choice of what goes to the host: from there on greedily, what saves most seconds for its bytes is kept for
+    as many layers as fit, then the next.
     """
     layers = work.config.num_layers
-    split = functools.partial(_split, layers=layers, mlp_rows=mlp_rows)
+    plans = []
+    for names in _OFFLOADS:
+        if mlp_rows is not None and {"gate", "up"} & set(names):  # they exist in parts only
+            continue
+        first = {"thin": "save", **dict.fromkeys(names, "offload")}
+        first |= {"attention_lse": "save"} if "attention" in names else {}
+        rest = {name: action for name, action in first.items() if name == "thin" or (name == "input" != names[-1])}
+        for part in (1.0, 0.75, 0.5, 0.25):
+            count = math.ceil(part * layers)
+            state = [first] * count + [rest] * (layers - count)
+            if (plan := _filled(work, card, budget, mlp_rows, form, state)) is not None:
+                plans.append(plan)
+    return min(plans, key=lambda plan: sum(seconds(work, plan, card).values()), default=None)
 
-    def ok(plan: RematPlan) -> bool:
-        return fits(memory(work, plan, card), budget)
 
-    kept: dict[str, str] = {"thin": "save"}
-    if not ok(split(layers, kept, kept)):
-        for action in ("offload",) if form == "save" else (form, "offload"):
-            less = {**kept, "input": action}
-            count = _first(range(1, layers + 1), lambda n, less=less: ok(split(n, less, kept)))
-            if count is not None:
-                return split(count, less, kept)
-        return None
-    for names in sorted(_BUNDLES, key=lambda names: -_worth(work, card, names)):
-        more = {**kept, **{name: form if name in QUANTIZABLE else "save" for name in names}}
-        if _worth(work, card, names) <= 0:
+# What goes to the host: two tensors of a layer at most, see `_waiting`.
+_OFFLOADS = [
+    (),
+    ("input",),
+    ("attention",),
+    ("gate",),
+    ("input", "attention"),
+    ("input", "gate"),
+    ("attention", "gate"),
+]
+_OFFLOADS += [("gate", "up")]
+
+
+def _filled(
+    work: Workload, card: Card, budget: int, mlp_rows: int | None, form: str, state: list[dict[str, str]]
+) -> RematPlan | None:
+    """The plan with these actions of layers, and with what else fits kept on the device; None if it does not fit.
+
+    What is kept is that of the last layers, which is there for the shortest time, as what goes to the host is that of
+    the first.
+    """
+    layers = len(state)
+
+    def plan(state) -> RematPlan:
+        groups = [(len(list(run)), actions) for actions, run in itertools.groupby(state)]
+        return RematPlan((*groups[:-1], (None, groups[-1][1])), mlp_rows)
+
+    def time(state) -> float:
+        return sum(seconds(work, plan(state), card).values())
+
+    def ok(state) -> bool:
+        return fits(memory(work, plan(state), card), budget)
+
+    if not ok(state):
+        if form != "save_quantized" or any("offload" in actions.values() for actions in state):
+            return None
+        rounded = {**state[0], "input": form}
+        count = _first(range(1, layers + 1), lambda n: ok([rounded] * n + state[n:]))
+        return None if count is None else plan([rounded] * count + state[count:])
+
+    def keeping(names, count) -> list[dict[str, str]]:
+        more = {name: form if name in QUANTIZABLE else "save" for name in names}
+        return [*state[: layers - count], *({**actions, **more} for actions in state[layers - count :])]
+
+    def held(state) -> int:
+        return sum(memory(work, plan(state), card).kept.values())
+
+    bundles = [names for names in _BUNDLES if mlp_rows is None or not {"gate", "up"} & set(names)]
+    if state[0].get("input") == "offload":  # to keep it costs memory, and spares copies
+        bundles.append(("input",))
+    while bundles:
+        now, bytes_now = time(state), held(state)
+        worth = {}
+        for names in bundles:
+            more = keeping(names, layers)
+            worth[names] = (now - time(more)) / max(1, held(more) - bytes_now)
+        best = max(bundles, key=lambda names: worth[names])
+        if worth[best] <= 0:
             break
-        count = _first(range(layers, 0, -1), lambda n, more=more, kept=kept: ok(split(n, more, kept)))
-        if count != layers:
-            return split(count or 0, more, kept)
-        kept = more
-    everything = {ALL: "save"}
-    if work.nf4 and not _looped(work, split(layers, kept, kept)):  # in a loop it would copy weights
-        count = _first(range(layers, 0, -1), lambda n: ok(split(n, everything, kept)))
-        return split(count or 0, everything, kept)
-    return split(layers, kept, kept)
+        count = _most(layers, lambda n, best=best: ok(keeping(best, n)))
+        state = keeping(best, count)
+        if count < layers:
+            break
+        bundles.remove(best)
+    everything = [{ALL: "save"}] * layers
+    if work.nf4 and not bundles and not _looped(work, plan(state)):  # in a loop it would copy weights
+        count = _most(layers, lambda n: ok([*state[: layers - n], *everything[:n]]))
+        state = [*state[: layers - count], *everything[:count]]
+    return plan(state)
 
 
-def _split(count: int, first: dict[str, str], rest: dict[str, str], layers: int, mlp_rows: int | None) -> RematPlan:
-    groups = [(count, tuple(first.items())), (layers - count, tuple(rest.items()))]
-    groups = [group for group in groups if group[0]]
-    return RematPlan(((None, groups[0][1]),) if len(groups) == 1 else tuple(groups), mlp_rows)
+def _most(high: int, condition: Callable[[int], bool]) -> int:
+    """The largest number up to `high` that meets a condition which all smaller ones meet; 0 if none does."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if condition(middle) else (low, middle - 1)
+    return low
 
 
 def _first(numbers: Iterable[int], condition: Callable[[int], bool]) -> int | None:
     return next((n for n in numbers if condition(n)), None)
-
-
-def _worth(work: Workload, card: Card, names: tuple[str, ...]) -> float:
-    """Seconds saved for each byte kept."""
-    total = {kind: sum(seconds(work, _keeping(extra), card).values()) for kind, extra in ((0, ()), (1, names))}
-    sizes = [work.named_bytes(layer) for layer in range(work.config.num_layers)]
-    return (total[0] - total[1]) / sum(size[name] for size in sizes for name in names)
-
-
-def _keeping(names: Iterable[str]) -> RematPlan:
-    return RematPlan(((None, tuple((name, "save") for name in ("thin", *names))),))
 
 
 def least(work: Workload, card: Card) -> RematPlan:

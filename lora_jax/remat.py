@@ -141,15 +141,13 @@ class RematPlan:
         groups = [(left if count is None else count, dict(actions)) for count, actions in self.groups]
         return [group for group in groups if group[0]]
 
-    def wrappers(self, num_layers: int, scan: bool = True) -> list[tuple[int, Callable | None]]:
+    def wrappers(self, num_layers: int) -> list[tuple[int, Callable | None]]:
         """For each group of layers, how many there are and what wraps the function of one layer (None: nothing).
-
-        `scan`: whether the layers run in a loop, or are written out one after the other.
 
         Raises:
           ValueError: the plan is for another number of layers.
         """
-        return [(count, _wrapper(actions, scan)) for count, actions in self.resolve(num_layers)]
+        return [(count, _wrapper(actions)) for count, actions in self.resolve(num_layers)]
 
 
 def _canonical(actions: Mapping[str, str]) -> Actions:
@@ -184,13 +182,14 @@ def _in_words(where: str, actions: dict[str, str]) -> str:
     return f"{where}: {', '.join(parts)}"
 
 
-def _wrapper(actions: Mapping[str, str], scan: bool) -> Callable | None:
+def _wrapper(actions: Mapping[str, str]) -> Callable | None:
     if ALL in actions:
         return None
     kinds = ("save", "offload", "save_quantized")
     policy = Policy(*(frozenset(name for name, action in actions.items() if action == kind) for kind in kinds))
-    # Inside a scan the compiler cannot merge the recomputation with the forward pass, so no barrier is needed.
-    return functools.partial(jax.checkpoint, policy=policy, prevent_cse=not scan)
+    # No barrier is needed here: the compiler cannot merge what a loop computes again with what an earlier loop
+    # computed, and where layers are written out the decoder puts barriers.
+    return functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
 
 
 def _preset(**actions: str) -> RematPlan:

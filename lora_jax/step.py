@@ -14,6 +14,7 @@ from flax import nnx
 
 from lora_jax.cards import this_card
 from lora_jax.kernels import parallel
+from lora_jax.kernels.dispatch import default_platform
 from lora_jax.kernels.loss.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from lora_jax.plan import Workload, budget_of, choose, memory, of_step, scans_layers
 from lora_jax.remat import RematPlan
@@ -74,7 +75,7 @@ def sum_of_losses(
             "model.with_embeddings(batch) to the step"
         )
     plan = RematPlan.of(remat)
-    groups = plan.wrappers(model.config.num_layers, scan_layers)
+    groups = plan.wrappers(model.config.num_layers)
     how: Any = dict(checkpoint=groups, scan=scan_layers, mlp_rows=plan.mlp_rows, dropout_key=dropout_key)
     how["inputs_embeds"] = embeds
     if router_aux_loss_coef is not None:
@@ -240,7 +241,10 @@ def _jitted(
         how["mesh"] = model.mesh
         return train_step(lora, opt_state, frozen, batch, graph=graph, optimizer=optimizer, **how)
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    # Matmuls by cuBLAS alone: a step of 8B is 1.2 % faster than with those that XLA would write in Triton, and compiles
+    # in less time.
+    options = {"xla_gpu_enable_triton_gemm": False} if default_platform() == "gpu" else None
+    return jax.jit(step, donate_argnums=(0, 1), compiler_options=options)
 
 
 class PlannedStep:
@@ -265,7 +269,8 @@ class PlannedStep:
         self.plans: dict[tuple[int, ...], RematPlan] = {}
         self._router_aux_loss_coef = router_aux_loss_coef
         self._scan_layers, self._quantized_activations = scan_layers, quantized_activations
-        self._model, self._optimizer, self._budget, self._compiled = model, optimizer, budget, {}
+        # Half a percent is for what lives beside the step: the next batch, metrics.
+        self._model, self._optimizer, self._budget, self._compiled = model, optimizer, int(0.995 * budget), {}
 
     def __call__(self, lora, opt_state, frozen, batch):
         """Takes a step; see `make_train_step`."""

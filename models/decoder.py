@@ -219,28 +219,65 @@ class MLP(nnx.Module):
         rows = context.mlp_rows
         # A part draws the dropout of another part again, since it has the same key.
         if rows is None or context.dropout_key is not None or x.size // x.shape[-1] <= rows:
-            return self._rows(x, context, layer)
-        return _by_parts(lambda part: self._rows(part, context, layer), x.reshape(-1, x.shape[-1]), rows).reshape(
-            x.shape
-        )
+            return self._rows(x, functools.partial(context.key, layer))
+        graph, trained, frozen = nnx.split(self, nnx.LoRAParam, ...)
 
-    def _rows(self, x: jax.Array, context: Context, layer: jax.Array) -> jax.Array:
+        def of_part(part, trained, frozen):
+            return nnx.merge(graph, trained, frozen)._rows(part)
+
+        return _by_parts(of_part, x.reshape(-1, x.shape[-1]), trained, frozen, rows).reshape(x.shape)
+
+    def _rows(self, x: jax.Array, key: Callable[[int], jax.Array | None] = lambda site: None) -> jax.Array:
         if not hasattr(self, "gate_up_proj"):
             layers = enumerate((self.gate_proj, self.up_proj, self.down_proj), start=4)
-            projections = (one.projection(context.key(layer, site)) for site, one in layers)
+            projections = (one.projection(key(site)) for site, one in layers)
             return parallel.leave(lora_mlp(parallel.enter(x), *projections, activation=self.activation))
-        gate, up = jnp.split(self.gate_up_proj(x, context.key(layer, 4)), 2, axis=-1)
+        gate, up = jnp.split(self.gate_up_proj(x, key(4)), 2, axis=-1)
         gate, up = named(gate, "gate"), named(up, "up")
-        return self.down_proj(ACTIVATIONS[self.activation](gate) * up, context.key(layer, 6))
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up, key(6))
 
 
-def _by_parts(f: Callable[[jax.Array], jax.Array], x: jax.Array, rows: int) -> jax.Array:
-    """f of x [M, D], `rows` rows at a time, one part after the other; backward computes every part again."""
-    # Names inside are kept by what wraps the layer.
-    part = jax.checkpoint(f, prevent_cse=False)
-    whole = x.shape[0] // rows * rows
-    y = jax.lax.map(part, x[:whole].reshape(-1, rows, x.shape[1])).reshape(whole, -1)
-    return y if whole == x.shape[0] else jnp.concatenate([y, part(x[whole:])])
+def _by_parts(f: Callable, x: jax.Array, trained, frozen, rows: int) -> jax.Array:
+    """f(x, trained, frozen) [M, D] of x [M, D], `rows` rows at a time, one part after the other; none is kept.
+
+    Backward computes every part again. Results take the place of what they are computed from, so that no array for
+    them has to be there before the first.
+    """
+    count, left = divmod(x.shape[0], rows)
+
+    def run(x, trained, frozen):
+        def one(start, size, y):
+            return _set_rows(y, f(_rows_of(y, start, size), trained, frozen), start)
+
+        y = jax.lax.fori_loop(0, count, lambda i, y: one(i * rows, rows, y), x)
+        return one(count * rows, left, y) if left else y
+
+    def forward(x, trained, frozen):
+        return run(x, trained, frozen), (x, trained, frozen)
+
+    def backward(kept, dy):
+        x, trained, frozen = kept
+
+        def one(start, size, dx, sums):
+            _, pullback = jax.vjp(lambda *at: f(*at, frozen), _rows_of(x, start, size), trained)
+            of_part, more = pullback(_rows_of(dx, start, size))
+            return _set_rows(dx, of_part, start), jax.tree.map(jnp.add, sums, more)
+
+        state = (dy, jax.tree.map(jnp.zeros_like, trained))
+        state = jax.lax.fori_loop(0, count, lambda i, state: one(i * rows, rows, *state), state)
+        return *(one(count * rows, left, *state) if left else state), None
+
+    parts = jax.custom_vjp(run)
+    parts.defvjp(forward, backward)
+    return parts(x, trained, frozen)
+
+
+def _rows_of(x: jax.Array, start, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size, allow_negative_indices=False)
+
+
+def _set_rows(x: jax.Array, rows: jax.Array, start) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0, allow_negative_indices=False)
 
 
 class Block(nnx.Module):
@@ -543,14 +580,10 @@ def _run_stack(stack: Block, start: int, count: int, x: jax.Array, load, context
     if not scan:
         # The gradients of `split` are put together by one concatenation, those of slices would be added up.
         stacks, tree = jax.tree.flatten(part(trained))
-        entries = [jax.lax.split(leaf, (1,) * count) for leaf in stacks]
-        layer = jax.jit(layer)  # traced once
-        wrapped = layer if wrapper is None else wrapper(layer)
-        for i in range(count):
-            x, leaves = _together(x, [entry[i].squeeze(0) for entry in entries])
-            x, more = wrapped(x, jnp.int32(start + i), jax.tree.unflatten(tree, leaves))
-            load = load if more is None else load + more
-        return x, load
+        entries = zip(*(jax.lax.split(leaf, (1,) * count) for leaf in stacks), strict=True)
+        entries = [jax.tree.unflatten(tree, [leaf.squeeze(0) for leaf in entry]) for entry in entries]
+        x, more = _written_out(layer, wrapper, start, x, entries or [jax.tree.unflatten(tree, [])] * count)
+        return x, load if more is None else load + more
     xs = (start + jnp.arange(count), part(trained))
     wrapped, xs = (layer, (*xs, part(frozen))) if wrapper is None else (wrapper(layer), xs)
 
@@ -562,22 +595,67 @@ def _run_stack(stack: Block, start: int, count: int, x: jax.Array, load, context
     return jax.lax.scan(body, (x, load), xs)[0]
 
 
-@jax.custom_vjp
-def _together(x, leaves):
-    """The same; in backward no gradient goes on before all of them are there."""
-    return x, leaves
+def _written_out(layer: Callable, wrapper: Callable | None, start: int, x: jax.Array, entries: Sequence):
+    """Runs layers one after the other: (x, sum of their loads). `entries` are their trained leaves.
+
+    The order of things is ours where the compiler would choose one that takes more memory or time: a layer's backward
+    pass begins when that of the next is done, gradients of adapters included (the compiler would put these off, and
+    keep what they are computed from, of all layers). What goes to the host has to be there when the layer after the
+    next begins, and comes back while backward is at work on the next.
+    """
+    layer = jax.jit(layer)  # traced once
+    wrapped = layer if wrapper is None else wrapper(layer)
+    forward = jax.jit(lambda x, i, leaves: jax.vjp(lambda x, leaves: wrapped(x, i, leaves), x, leaves))
+    backward = jax.jit(lambda pullback, gradients: pullback(gradients))
+
+    def run(x, entries):
+        loads = []
+        for i, leaves in enumerate(entries):
+            x, load = layer(x, jnp.int32(start + i), leaves)
+            loads.append(load)
+        return x, _sum(loads)
+
+    def run_forward(x, entries):
+        pullbacks, loads = [], []
+        for i, leaves in enumerate(entries):
+            (x, load), pullback = forward(x, jnp.int32(start + i), leaves)
+            pullbacks.append(pullback)
+            loads.append(load)
+            if i:
+                x, pullbacks[i - 1] = _after(x, pullbacks[i - 1], on_host=True)
+        return (x, _sum(loads)), pullbacks
+
+    def run_backward(pullbacks, gradients):
+        dx, dload = gradients
+        of_leaves = []
+        for i in reversed(range(len(pullbacks))):
+            if i:
+                dx, pullbacks[i - 1] = _after(dx, pullbacks[i - 1], on_host=True)
+            if wrapper is not None:  # else the compiler would see that what is computed again was computed before
+                dx, pullbacks[i] = _after(dx, pullbacks[i], on_host=False)
+            dx, leaves = jax.lax.optimization_barrier(backward(pullbacks[i], (dx, dload)))
+            of_leaves.append(leaves)
+        return dx, of_leaves[::-1]
+
+    layers = jax.custom_vjp(run)
+    layers.defvjp(run_forward, run_backward)
+    return layers(x, entries)
 
 
-def _together_fwd(x, leaves):
-    return (x, leaves), None
+def _sum(loads: list):
+    return None if loads[0] is None else functools.reduce(lambda a, b: a + b, loads)
 
 
-def _together_bwd(_, gradients):
-    # Else the compiler puts off the gradients of the adapters, and keeps what they are computed from, of all layers.
-    return jax.lax.optimization_barrier(gradients)
-
-
-_together.defvjp(_together_fwd, _together_bwd)
+def _after(x: jax.Array, tree, on_host: bool):
+    """The same; x and the leaves of `tree` that are (not) in the host's memory are there only when all of them are."""
+    leaves, treedef = jax.tree.flatten(tree)
+    spaces = [jax.typeof(leaf).memory_space for leaf in leaves]
+    chosen = [i for i, space in enumerate(spaces) if (space == jax.memory.Space.Host) == on_host]
+    if chosen:
+        x, waiting = jax.lax.optimization_barrier((x, [leaves[i] for i in chosen]))
+        for i, leaf in zip(chosen, waiting, strict=True):
+            leaves[i] = leaf
+    return x, jax.tree.unflatten(treedef, leaves)
 
 
 def _is_nf4(leaf) -> bool:

@@ -268,10 +268,22 @@ def test_operations_of_the_model():
 
 
 def test_what_makes_a_step_longer():
-    def total(work, preset="full", card=H100):
-        return sum(seconds(work, PRESETS[preset], card).values())
+    def total(work, remat="full", card=H100):
+        return sum(seconds(work, RematPlan.of(remat), card).values())
 
-    assert total(eight_b(), "none") < total(eight_b(), "selective") < total(eight_b()) < total(eight_b(), "offload")
+    assert total(eight_b(), "none") < total(eight_b(), "selective") < total(eight_b())
+    # Copies of a layer's input take a quarter of the time that the layer takes, and go on beside it.
+    assert total(eight_b(), "offload") == total(eight_b())
+    slow = dataclasses.replace(H100, host_bandwidth=5)
+    assert total(eight_b(), "offload", slow) - total(eight_b(), card=slow) == pytest.approx(
+        32 * (4096 * 4096 * 2 / 5e9 - seconds(eight_b(), PRESETS["full"], H100)["forward"] / 32), rel=0.2
+    )
+    many = {"q": "offload", "k": "offload", "v": "offload", "attention": "offload", "residual": "offload"}
+    assert total(eight_b(), RematPlan(((None, many),))) > total(
+        eight_b(), RematPlan(((None, dict.fromkeys(many, "save")),))
+    )
+    looped = dataclasses.replace(eight_b(), scan_layers=True)
+    assert total(looped, "offload") > total(looped) > total(eight_b())
     assert total(eight_b(accumulation=4)) == pytest.approx(4 * total(eight_b()), rel=0.01)  # but for the optimizer
     assert total(eight_b(4)) < 2 * total(eight_b())  # weights are decoded once
     assert total(eight_b(1, 8192)) > total(eight_b(4, 2048))  # attention
@@ -287,17 +299,17 @@ def test_what_makes_a_step_longer():
 def test_more_memory_never_makes_the_choice_slower():
     work, last = eight_b(), math.inf
     kinds = set()
-    for tenths in range(75, 200):
+    for tenths in range(75, 200, 3):
         budget = int(tenths / 10 * GIB)
         chosen = plan.choose(work, H100, budget)
         assert memory(work, chosen, H100).total <= budget
         now = sum(seconds(work, chosen, H100).values())
         assert now <= last * (1 + 1e-9)
-        assert len(chosen.groups) <= 2
+        assert len(chosen.groups) <= 4
         kinds.add(str(chosen))
         last = now
-    assert {"full", "selective"} <= kinds
-    assert len(kinds) > 50  # by so many layers at a time
+    assert "selective" in kinds
+    assert len(kinds) > 25  # by so many layers at a time
     assert plan.choose(work, H100, 80 * GIB) == PRESETS["none"]
     # In between, the choice is faster than the best preset that fits.
     assert sum(seconds(work, plan.choose(work, H100, 16 * GIB), H100).values()) < 0.9 * sum(
@@ -305,7 +317,7 @@ def test_more_memory_never_makes_the_choice_slower():
     )
 
 
-def test_tensors_are_kept_in_8_bits_only_if_that_is_allowed():
+def test_tensors_are_kept_in_8_bits_only_if_that_is_allowed(monkeypatch):
     work, last = eight_b(), math.inf
     faster = 0
     for budget in range(8 * GIB, 26 * GIB, GIB):
@@ -321,7 +333,8 @@ def test_tensors_are_kept_in_8_bits_only_if_that_is_allowed():
         last = now
     assert faster >= 3
     assert plan.choose(work, H100, 80 * GIB, quantized_activations=True) == PRESETS["none"]
-    # Where layers' inputs are too many, half of their bytes may do, without copies to the host.
+    # Where layers' inputs are too many for the device and the host, half of their bytes may do.
+    monkeypatch.setattr(plan, "HOST_MEMORY", 0)
     full, half = (
         memory(work, one, H100).total
         for one in (PRESETS["full"], RematPlan(((None, {"input": "save_quantized", "thin": "save"}),)))
@@ -345,24 +358,29 @@ def test_a_loop_that_is_asked_for_is_planned():
 def test_long_rows_are_taken_in_parts_where_memory_is_short():
     work = eight_b(1, 32768)
     assert plan.choose(work, H100, 70 * GIB).mlp_rows is None
-    short = plan.choose(work, H100, 14 * GIB)
+    short = plan.choose(work, H100, 10 * GIB)
     assert short.mlp_rows == 8192
     whole = RematPlan(short.groups)
-    assert memory(work, whole, H100).total - memory(work, short, H100).total > 3 * GIB
+    assert memory(work, whole, H100).total - memory(work, short, H100).total > GIB
     assert sum(seconds(work, short, H100).values()) > sum(seconds(work, whole, H100).values())
     assert plan.choose(eight_b(), H100, 12 * GIB).mlp_rows is None
 
 
-def test_inputs_go_to_the_host_for_as_few_layers_as_possible():
+def test_what_goes_to_the_host_leaves_the_device_to_what_is_worth_more():
     work = eight_b()
     full, offload = (memory(work, PRESETS[name], H100).total for name in ("full", "offload"))
-    chosen = plan.choose(work, H100, (full + offload) // 2)
-    (count, actions), (_, rest) = chosen.resolve(32)
-    assert actions["input"] == "offload"
-    assert rest["input"] == "save"
-    one_less = RematPlan(((count - 1, actions), (None, rest)))
-    assert memory(work, one_less, H100).total > (full + offload) // 2
-    assert plan.choose(work, H100, offload) == PRESETS["offload"]
+    for budget in (offload, (full + offload) // 2, 10 * GIB):
+        chosen = plan.choose(work, H100, budget)
+        assert memory(work, chosen, H100).total <= budget
+        assert sum(seconds(work, chosen, H100).values()) <= sum(seconds(work, PRESETS["offload"], H100).values())
+        # Two of a layer's tensors at most: the compiler has no more copies under way.
+        assert all(1 <= list(actions.values()).count("offload") <= 2 for _, actions in chosen.resolve(32))
+    # In a loop copies cost time, so no more layers than necessary take part.
+    loop = dataclasses.replace(work, scan_layers=True)
+    full, offload = (memory(loop, PRESETS[name], H100).total for name in ("full", "offload"))
+    chosen = plan.choose(loop, H100, full - (full - offload) // 8)
+    counts = [count for count, actions in chosen.resolve(32) if "offload" in actions.values()]
+    assert 0 < sum(counts) < 16
 
 
 def test_what_does_not_fit_says_what_would():

@@ -17,6 +17,7 @@ from lora_jax.kernels.parallel import index, size, to_heads, to_sequence
 
 __all__ = ["flash_attention"]
 
+_MANY_QUERIES = 16384
 _FEW_QUERIES = 16  # below this the kernels, which share out blocks of queries, leave most of a GPU idle
 
 
@@ -126,11 +127,14 @@ def _preference(plain: bool, queries: int) -> tuple[str, ...]:
     H100, 32 / 8 heads of 128, microseconds of kernels. Forward and backward: 1 x 8192 Mosaic 3500, cuDNN 3525, Triton
     4463; 2 x 2048 Mosaic 530, cuDNN 632; 1 x 32768 cuDNN 54692, Mosaic 60900; the same in a window of 4096 cuDNN 13911,
     Mosaic 14599. Forward over a cache of 4096 keys: one query XLA 16, Triton 109 (in
-    8 rows 159, 192); 512 queries XLA 498, Triton 80. All but cuDNN give the same bits every time.
+    8 rows 159, 192); 512 queries XLA 498, Triton 80. All but cuDNN give the same bits every time, so it is for the
+    rows where it is faster by far: of a whole step with 1 x 32768 tokens, 4565 and 4406 ms.
     """
     if queries < _FEW_QUERIES:
         return ("xla",)
-    return on_gpu("mosaic", "cudnn", "triton") if plain else on_gpu("mosaic", "triton", "cudnn")
+    if not plain:
+        return on_gpu("mosaic", "triton", "cudnn")
+    return on_gpu("cudnn", "mosaic", "triton") if queries >= _MANY_QUERIES else on_gpu("mosaic", "cudnn", "triton")
 
 
 def _module(name: str) -> ModuleType:

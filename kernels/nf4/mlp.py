@@ -111,8 +111,8 @@ def _mlp_bwd(scales, residuals, dy):
     x, g, u, thin_x, thin_h, weights, factors = residuals
     both, down = _adapters(weights, factors, scales, x.dtype)
     dh = dot(dy, triton.dequantize(weights[2], beside=down.b[0]))  # [dh of the base, dy B^T]
-    dgu, da_down, db_gate, db_up = triton_mlp.backward(g, u, dh, thin_x, both.widths, down.a)
-    dx, dthin = triton_shared.input_gradient(dgu, weights[:2], both)
+    dg, du, da_down, db_gate, db_up = triton_mlp.backward(g, u, dh, thin_x, both.widths, down.a)
+    dx, dthin = triton_shared.input_gradient_of_two((dg, du), weights[:2], both)
     da = _wide(x.T, dthin)
     ranks = [a.shape[1] for a, _ in factors]
     gradients = (

@@ -4,6 +4,9 @@ Each reads and writes every [M, F] array once and makes the thin products of the
 [h, h A, 0]; backward turns the gradient of h into those of gate and up and sums the gradients of down's A and of gate's
 and up's B over the rows. Bytes at M 4096, F 14336: 352 MB forward (119 us at 2.95 TB/s), 587 MB backward (199 us).
 
+Backward writes the gradients of gate and up over them: of the five [M, F] arrays that it would take, three live. That
+is what a step that keeps little needs most memory for.
+
 Backward. The sums over rows want h, dgate and dup as operands of a dot whose contraction runs along the rows, that is
 transposed. So a program computes on transposed tiles, [cols, rows], in the layout in which the tensor cores leave
 A (dy B^T)^T: that is also the layout of a dot's first operand in registers (as in flash attention), and the elementwise
@@ -57,7 +60,7 @@ def backward(
     parts: int | None = None,
     warps: int = 4,
     stages: int = 3,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients of gate, up and of the adapters around them.
 
     Args:
@@ -71,7 +74,8 @@ def backward(
       warps, stages: of a program, and of its pipeline of loads.
 
     Returns:
-      ([dgate, dup] [M, 2 F], h^T dthin [F, R] float32, dgate^T x_thin and dup^T x_thin [F, widths] float32).
+      (dgate, dup [M, F], in the place of gate and up if these are of no more use, h^T dthin [F, R] float32, dgate^T
+      x_thin and dup^T x_thin [F, widths] float32).
     """
     (m, f), r = gate.shape, a.shape[1]
     cols = min(cols, f & -f)
@@ -79,19 +83,23 @@ def backward(
         at_once = 16 // warps * dispatch.sm_count()  # programs: their registers fill an SM with 16 warps
         parts = max(1, min(pl.cdiv(m, block), at_once // (f // cols)))
     sums = [jax.ShapeDtypeStruct((parts, f, width), jnp.float32) for width in (r, *widths)]
-    dgu, *sums = pl.pallas_call(
+    gradients = (jax.ShapeDtypeStruct(gate.shape, gate.dtype),) * 2
+    dgate, dup, *sums = pl.pallas_call(
         functools.partial(_backward_kernel, widths=widths, block=block, cols=cols, parts=parts),
         grid=(f // cols, parts),
-        out_shape=(jax.ShapeDtypeStruct((m, 2 * f), gate.dtype), *sums),
+        out_shape=(*gradients, *sums),
+        input_output_aliases={0: 0, 1: 1},  # a program overwrites what it alone has read
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=dispatch.interpret(),
         name="lora_swiglu_backward",
     )(gate, up, dh, x_thin, -a)  # negative: see the kernel
     da, db_gate, db_up = (total.sum(0) for total in sums)
-    return dgu, da, db_gate, db_up
+    return dgate, dup, da, db_gate, db_up
 
 
-def _backward_kernel(gate_ref, up_ref, dh_ref, thin_ref, a_ref, dgu_ref, *sum_refs, widths, block, cols, parts):
+def _backward_kernel(
+    gate_ref, up_ref, dh_ref, thin_ref, a_ref, dgate_ref, dup_ref, *sum_refs, widths, block, cols, parts
+):
     (m, f), r = gate_ref.shape, a_ref.shape[1]
     part, start = pl.program_id(1), pl.program_id(0) * cols
     columns = pl.ds(start, cols)
@@ -110,11 +118,11 @@ def _backward_kernel(gate_ref, up_ref, dh_ref, thin_ref, a_ref, dgu_ref, *sum_re
         dh -= plgpu.dot(minus_a, dthin, trans_b=True)
         sigmoid = _sigmoid(gate)
         silu, dsilu = gate * sigmoid, dh * up
-        dgate = (dsilu * sigmoid * (1 + (gate - silu))).astype(dgu_ref.dtype)
-        dup = (dh * silu).astype(dgu_ref.dtype)
-        h = (silu * up).astype(dgu_ref.dtype)
-        store(dgu_ref, (rows, columns), dgate.T, mask)
-        store(dgu_ref, (rows, pl.ds(f + start, cols)), dup.T, mask)
+        dgate = (dsilu * sigmoid * (1 + (gate - silu))).astype(dgate_ref.dtype)
+        dup = (dh * silu).astype(dgate_ref.dtype)
+        h = (silu * up).astype(dgate_ref.dtype)
+        store(dgate_ref, (rows, columns), dgate.T, mask)
+        store(dup_ref, (rows, columns), dup.T, mask)
         products = ((h, dthin), (dgate, thin_gate), (dup, thin_up))
         return tuple(total + plgpu.dot(x, y) for total, (x, y) in zip(totals, products, strict=True))
 

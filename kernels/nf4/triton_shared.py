@@ -23,7 +23,7 @@ from lora_jax.kernels.nf4.triton import why_not as why_not_one
 from lora_jax.kernels.nf4.triton_adapter import add_product, extend, padded_rank
 from lora_jax.kernels.nf4.triton_lora import columns, dot, dot_t
 
-__all__ = ["Adapters", "adapters", "forward", "input_gradient", "why_not"]
+__all__ = ["Adapters", "adapters", "forward", "input_gradient", "input_gradient_of_two", "why_not"]
 
 _MAX_COLUMNS = 256  # of all adapters: `extend` keeps a tile of all A and of their products in registers
 
@@ -87,6 +87,16 @@ def forward(x: jax.Array, weights: Sequence, beside: Adapters) -> tuple[list[jax
 
 def input_gradient(dy: jax.Array, weights: Sequence, beside: Adapters) -> tuple[jax.Array, jax.Array]:
     """(gradient of x [M, K], dy_i B_i^T side by side [M, S]) for all dy_i side by side, [M, sum of N_i]."""
-    k = weights[0].shape[1]
-    dx = dot(dy, dequantize(*weights, beside=jnp.concatenate(beside.b)))
-    return add_product(dx, beside.a.T), dx[:, k : k + beside.a.shape[1]]
+    return _input_gradient(dot(dy, dequantize(*weights, beside=jnp.concatenate(beside.b))), beside)
+
+
+def input_gradient_of_two(dys: Sequence, weights: Sequence, beside: Adapters) -> tuple[jax.Array, jax.Array]:
+    """The same for two arrays dy_i [M, N_i]; what the first gives is rounded before the second is added."""
+    # The matmul adds up, so this costs no pass over the results.
+    first, second = (dot(dy, dequantize(w, beside=b)) for dy, w, b in zip(dys, weights, beside.b, strict=True))
+    return _input_gradient(first + second, beside)
+
+
+def _input_gradient(dx, beside: Adapters):
+    k, total = beside.a.shape
+    return add_product(dx, beside.a.T), dx[:, k : k + total]
