@@ -280,7 +280,7 @@ class SFTConfig:
     # alike.
     scan_layers: bool | None = None
     # Devices that share the work: "auto" for all, or sizes such as {"data": 2, "fsdp": 4}, see lora_jax.sharding. Batch
-    # sizes are then of each device that has rows of its own. None: the mesh that the model was loaded on, or one device.
+    # sizes are then of each device that has rows of its own. None: the model's mesh, or one device.
     mesh: str | dict[str, Any] | None = None
     bf16: bool = True  # no effect: the dtype is that of the loaded model
 

@@ -452,7 +452,7 @@ def test_a_planned_step_steps_down_where_the_compiler_needs_more(model, monkeypa
     assert most > least
     counts = iter([int(most + 0.8 * (most - least)), most])
     monkeypatch.setattr(step_module, "bytes_held", lambda compiled: next(counts))
-    step = PlannedStep(model, optimizer, most)
+    step = PlannedStep(model, optimizer, int(most / 0.995) + 1)  # 0.5 % is left free
     step.compile(*arguments)
     need = memory(work, step.plans[ids.shape], card).total
     assert need <= least + 0.21 * (most - least)
@@ -566,5 +566,5 @@ def test_estimates_are_within_8_percent_of_the_compiler(compile_for_gpus):
     for result in results:
         assert result["estimate"] == pytest.approx(result["compiled"], rel=0.08), result
     # Where attention and its log-sum-exp are saved, its kernel stands in the forward pass alone: once for each of 32
-    # layers that are written out, or once for each of two loops, and once more for the second one's backward pass.
-    assert [result["attention_forward"] for result in results] == [32, 3]
+    # layers, or of 16 layers of which 10 compute it again.
+    assert [result["attention_forward"] for result in results] == [32, 26]
