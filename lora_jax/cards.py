@@ -1,11 +1,13 @@
 """GPUs: what their makers state, how they are called, and how much memory is meant by "24GB"."""
 
 import dataclasses
+import os
 import re
 
-__all__ = ["CARDS", "GIB", "Card", "card_of", "parse_bytes", "this_card"]
+__all__ = ["CARDS", "GIB", "HOST_LIMIT", "Card", "card_of", "parse_bytes", "this_card"]
 
 GIB = 2**30
+HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # lets XLA pin more than 64 GB, if it is set before JAX starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Card:
     tflops: float  # 1e12 operations/s of bfloat16 matmuls with float32 sums, without sparsity
     bandwidth: float  # 1e9 bytes/s of its memory
     host_bandwidth: float = 25  # 1e9 bytes/s to and from the host's memory
+    host_memory: int = 64 * 10**9  # bytes of the host's memory that XLA pins at most, unless it is told otherwise
 
     @property
     def hopper(self) -> bool:
@@ -90,6 +93,16 @@ def this_card() -> Card:
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     try:
-        return dataclasses.replace(card_of(device.device_kind), memory=limit)
+        card = card_of(device.device_kind)
     except ValueError:
-        return dataclasses.replace(card_of("H100"), name=device.device_kind, memory=limit)
+        card = dataclasses.replace(card_of("H100"), name=device.device_kind)
+    return dataclasses.replace(card, memory=limit, host_memory=_host_memory())
+
+
+def _host_memory() -> int:
+    """Bytes that a step may keep in this host's memory: what XLA pins at most, and four fifths of what is there."""
+    allowed = int(float(os.environ.get(HOST_LIMIT, 64)) * 10**9)
+    try:
+        return min(allowed, int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+    except (AttributeError, ValueError, OSError):  # not a system that says
+        return allowed

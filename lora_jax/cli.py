@@ -610,7 +610,7 @@ def _print_plan(what: str, work: "Workload", card: "Card", remat: str) -> None:
     console.print(_choices(work, card, budget, plans))
     if remat != "auto":
         plans[remat] = RematPlan.of(remat)
-    if remat not in plans or not fits(memory(work, plans[remat], card), budget):
+    if remat not in plans or not fits(memory(work, plans[remat], card), budget, card):
         raise MemoryError(explain(work, card, budget, plans.get(remat)))
     need = memory(work, plans[remat], card)
     console.print(f"remat={remat}: {plans[remat]}", markup=False)
@@ -639,7 +639,7 @@ def _choices(work: "Workload", card: "Card", budget: int, plans: "dict[str, Rema
         total = sum(parts.values())
         numbers = (need.total / GIB, need.host / GIB, 1e3 * total)
         rate = work.accumulation * work.tokens / total
-        yes = "yes" if fits(need, budget) else "no"
+        yes = "yes" if fits(need, budget, card) else "no"
         table.add_row(name, *(f"{n:.1f}" for n in numbers), f"{rate:,.0f}", f"{1e3 * parts['recomputation']:.1f}", yes)
     return table
 

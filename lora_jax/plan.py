@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_jax.cards import GIB, Card, parse_bytes, this_card
+from lora_jax.cards import GIB, HOST_LIMIT, Card, parse_bytes, this_card
 from lora_jax.kernels.kept import quantized_bytes
-from lora_jax.remat import ALL, NAMES, PRESETS, QUANTIZABLE, RematPlan
+from lora_jax.remat import ALL, NAMES, QUANTIZABLE, RematPlan
 
 if TYPE_CHECKING:
     from lora_jax.config import SFTConfig
@@ -30,7 +30,6 @@ __all__ += ["model_flops", "of_config", "of_step", "refuse_what_cannot_fit", "sc
 
 # JAX takes 3/4 of a GPU unless told otherwise; more than this leaves too little for CUDA itself.
 MEMORY_FRACTION = 0.92
-HOST_MEMORY = 64 * 10**9  # bytes that XLA pins at most, unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says otherwise
 
 MOST_WRITTEN_OUT = 48  # layers that a step writes out instead of looping over them: 25 s to compile for 32
 
@@ -526,9 +525,9 @@ def budget_of(memory_budget: str | int | None) -> int:
     )
 
 
-def fits(need: Memory, budget: int) -> bool:
+def fits(need: Memory, budget: int, card: Card) -> bool:
     """Whether a step fits into `budget` bytes of the device, and its offloaded tensors into the host's memory."""
-    return need.total <= budget and need.host <= HOST_MEMORY
+    return need.total <= budget and need.host <= card.host_memory
 
 
 def choose(work: Workload, card: Card, budget: int, *, quantized_activations: bool = False) -> RematPlan:
@@ -562,12 +561,8 @@ def _choose(work: Workload, card: Card, budget: int, mlp_rows: int | None, form:
     for names in _OFFLOADS:
         if mlp_rows is not None and {"gate", "up"} & set(names):  # they exist in parts only
             continue
-        first = {"thin": "save", **dict.fromkeys(names, "offload")}
-        first |= {"attention_lse": "save"} if "attention" in names else {}
-        rest = {name: action for name, action in first.items() if name == "thin" or (name == "input" != names[-1])}
-        for part in (1.0, 0.75, 0.5, 0.25):
-            count = math.ceil(part * layers)
-            state = [first] * count + [rest] * (layers - count)
+        for share in _SHARES if names else (1.0,):
+            state = _state(layers, names, share)
             if (plan := _filled(work, card, budget, mlp_rows, form, state)) is not None:
                 plans.append(plan)
     return min(plans, key=lambda plan: sum(seconds(work, plan, card).values()), default=None)
@@ -584,6 +579,24 @@ _OFFLOADS = [
     ("attention", "gate"),
 ]
 _OFFLOADS += [("gate", "up")]
+_SHARES = (1.0, 0.75, 0.5, 0.25)  # of the layers that take part
+
+
+def _state(layers: int, names: tuple[str, ...], share: float) -> list[dict[str, str]]:
+    """The actions of every layer if a share of them, the first, sends these tensors to the host and keeps no other.
+
+    Of two names with "input" it is the other that only a share sends.
+    """
+    first = {"thin": "save", **dict.fromkeys(names, "offload")}
+    first |= {"attention_lse": "save"} if "attention" in names else {}
+    rest = {name: action for name, action in first.items() if name == "thin" or (name == "input" != names[-1])}
+    count = math.ceil(share * layers)
+    return [first] * count + [rest] * (layers - count)
+
+
+def _plan_of(state: list[dict[str, str]], mlp_rows: int | None) -> RematPlan:
+    groups = [(len(list(run)), actions) for actions, run in itertools.groupby(state)]
+    return RematPlan((*groups[:-1], (None, groups[-1][1])), mlp_rows)
 
 
 def _filled(
@@ -597,14 +610,13 @@ def _filled(
     layers = len(state)
 
     def plan(state) -> RematPlan:
-        groups = [(len(list(run)), actions) for actions, run in itertools.groupby(state)]
-        return RematPlan((*groups[:-1], (None, groups[-1][1])), mlp_rows)
+        return _plan_of(state, mlp_rows)
 
     def time(state) -> float:
         return sum(seconds(work, plan(state), card).values())
 
     def ok(state) -> bool:
-        return fits(memory(work, plan(state), card), budget)
+        return fits(memory(work, plan(state), card), budget, card)
 
     if not ok(state):
         if form != "save_quantized" or any("offload" in actions.values() for actions in state):
@@ -663,8 +675,10 @@ def least(work: Workload, card: Card) -> RematPlan:
 
 
 def _small(work: Workload) -> list[RematPlan]:
-    """Plans of which the one or the other needs least memory."""
-    return [RematPlan(PRESETS[name].groups, rows) for name in ("full", "offload") for rows in _mlp_rows(work)]
+    """Plans of which the one or the other needs least memory; part of the inputs may be too much for the host."""
+    layers = work.config.num_layers
+    states = [_state(layers, ("input",), share) for share in (0.0, *_SHARES)]
+    return [_plan_of(state, rows) for state in states for rows in _mlp_rows(work)]
 
 
 def largest(work: Workload, card: Card, budget: int, plan: RematPlan | None, field: str, step: int = 1) -> int:
@@ -687,7 +701,7 @@ def largest(work: Workload, card: Card, budget: int, plan: RematPlan | None, fie
 
 def _fits(work: Workload, card: Card, budget: int, plan: RematPlan | None) -> bool:
     plans = _small(work) if plan is None else [plan]
-    return any(fits(memory(work, one, card), budget) for one in plans)
+    return any(fits(memory(work, one, card), budget, card) for one in plans)
 
 
 def explain(work: Workload, card: Card, budget: int, plan: RematPlan | None = None) -> str:
@@ -699,6 +713,11 @@ def explain(work: Workload, card: Card, budget: int, plan: RematPlan | None = No
         f"{budget / GIB:.1f} GiB are there ({need.weights / GIB:.1f} GiB of weights, "
         f"{(need.adapters + need.optimizer) / GIB:.1f} of adapters and optimizer)."
     )
+    if need.total <= budget:
+        text = (
+            f"{work.batch} rows of {work.length} tokens need {need.host / 1e9:.0f} GB of the host's memory, and "
+            f"{card.host_memory / 1e9:.0f} GB may be taken: {HOST_LIMIT} lets JAX take more if there is more."
+        )
     if plan is not None and _fits(work, card, budget, None):
         return f'{text} With remat="auto" they fit.'
     if (without := _without_table(work)) is not None and _fits(without, card, budget, plan):

@@ -317,7 +317,7 @@ def test_more_memory_never_makes_the_choice_slower():
     )
 
 
-def test_tensors_are_kept_in_8_bits_only_if_that_is_allowed(monkeypatch):
+def test_tensors_are_kept_in_8_bits_only_if_that_is_allowed():
     work, last = eight_b(), math.inf
     faster = 0
     for budget in range(8 * GIB, 26 * GIB, GIB):
@@ -334,13 +334,13 @@ def test_tensors_are_kept_in_8_bits_only_if_that_is_allowed(monkeypatch):
     assert faster >= 3
     assert plan.choose(work, H100, 80 * GIB, quantized_activations=True) == PRESETS["none"]
     # Where layers' inputs are too many for the device and the host, half of their bytes may do.
-    monkeypatch.setattr(plan, "HOST_MEMORY", 0)
+    alone = dataclasses.replace(H100, host_memory=0)
     full, half = (
         memory(work, one, H100).total
         for one in (PRESETS["full"], RematPlan(((None, {"input": "save_quantized", "thin": "save"}),)))
     )
     assert full - half == 32 * 4096 * 4096 * (2 - 1 - 2 / 32)  # layers, tokens, features, bytes
-    chosen = plan.choose(work, H100, (full + half) // 2, quantized_activations=True)
+    chosen = plan.choose(work, alone, (full + half) // 2, quantized_activations=True)
     assert "save_quantized input" in str(chosen)
     assert not chosen.offloads
 
@@ -381,6 +381,19 @@ def test_what_goes_to_the_host_leaves_the_device_to_what_is_worth_more():
     chosen = plan.choose(loop, H100, full - (full - offload) // 8)
     counts = [count for count, actions in chosen.resolve(32) if "offload" in actions.values()]
     assert 0 < sum(counts) < 16
+
+
+def test_inputs_that_are_too_many_for_the_host_stay_in_part():
+    """A row of 342,733 tokens: 90 GB of inputs."""
+    work = eight_b(1, 342_733, offload_embedding=True)
+    chosen = plan.choose(work, H100, 77 * GIB)
+    need = memory(work, chosen, H100)
+    assert need.total <= 77 * GIB
+    assert 40e9 < need.host <= 64e9
+    assert need.kept["input"] > 20e9
+    small = dataclasses.replace(H100, host_memory=10**9)
+    with pytest.raises(MemoryError, match=r"need 90 GB of the host's memory, and 1 GB may be taken: XLA_PJRT_GPU_HOST"):
+        plan.choose(work, small, 50 * GIB)
 
 
 def test_what_does_not_fit_says_what_would():
