@@ -1,6 +1,7 @@
 """Saving a model to the Hugging Face hub: `push_to_hub`, `push_to_hub_merged` and `push_to_hub_gguf` of `CausalLM`."""
 
 import inspect
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -51,12 +52,18 @@ def save_and_push(
     parameters = inspect.signature(save).parameters
     unknown_here = {name for name in options if name not in _NAMES.no_effect}  # `save` says which it knows
     options = resolve_names("push_to_hub", options, unknown_here, _NAMES)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / repo_id.rpartition("/")[2]
+    scratch = Path(tempfile.mkdtemp())
+    folder = scratch / repo_id.rpartition("/")[2]
+    try:
         if "tokenizer" in parameters:
             save(folder, tokenizer, **options)
         else:
             save(folder, **options)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-        return push(folder, repo_id, private=private, token=token or None, api=api)
+    except BaseException:
+        shutil.rmtree(scratch)
+        raise
+    address = push(folder, repo_id, private=private, token=token or None, api=api)  # else the folder stays, as it says
+    shutil.rmtree(scratch)
+    return address
