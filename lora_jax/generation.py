@@ -68,6 +68,7 @@ def generate(
     pad_token_id: int | None = None,
     seed: int = 0,
     streamer: Streamer | None = None,
+    cache_implementation: str | None = None,
     **more: Any,
 ) -> np.ndarray:
     """Continues prompts token by token until each has stopped or `max_new_tokens` are made.
@@ -87,8 +88,9 @@ def generate(
       pad_token_id: fills rows that have ended; None for the first stop id.
       seed: of sampling.
       streamer: receives prompt and tokens as they come; for one row only.
-      more: transformers' other arguments: max_length counts the prompt's tokens, too; those about its cache have no
-        effect.
+      cache_implementation: "quantized" keeps keys and values in 8 bits, in 53 % of the memory of 16, which changes
+        logits a little; None (or "static", "dynamic") keeps them as they are.
+      more: transformers' other arguments: max_length counts the prompt's tokens, too; use_cache has no effect.
 
     Returns:
       int32 [B, T + new]: prompts (padded on the left to the longest) and what follows them.
@@ -118,6 +120,8 @@ def generate(
             f"a prompt of {longest} and max_new_tokens={max_new_tokens} exceed the model's {model.config.max_position} "
             "positions; shorten either"
         )
+    if cache_implementation not in (None, "static", "dynamic", "quantized"):
+        raise ValueError(f'cache_implementation={cache_implementation!r} is not known; there are None and "quantized"')
     if streamer is not None and len(rows) > 1:
         raise ValueError(f"a streamer shows one row; got {len(rows)} prompts")
     stops = stop_ids(model) if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int32)).tolist()
@@ -133,7 +137,8 @@ def generate(
         width = -(-max(map(len, rows)) // _MULTIPLE) * _MULTIPLE
         ids = np.array([[pad] * (width - len(row)) + row for row in rows], np.int32)
         start = jnp.asarray([width - len(row) for row in rows], jnp.int32)
-        cache = model.module.new_cache(len(rows), width + -(-room // _MULTIPLE) * _MULTIPLE)
+        length = width + -(-room // _MULTIPLE) * _MULTIPLE
+        cache = model.module.new_cache(len(rows), length, quantized=cache_implementation == "quantized")
         return ids, start, *forward(lora, frozen, jnp.asarray(ids), start, cache)
 
     ids, start, last, cache = begin(rows, max_new_tokens)
@@ -164,7 +169,6 @@ _ARGUMENTS = inspect.signature(generate).parameters
 _NAMES = Names(
     no_effect={
         "use_cache": "generation always has a key/value cache",
-        "cache_implementation": "generation has one kind of cache",
         "token_type_ids": "no implemented architecture reads them",
         "return_dict_in_generate": "the tokens are returned",
         "synced_gpus": "every process generates the same",

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from lora_jax.kernels import parallel
 from lora_jax.kernels.attention import flash_attention
-from lora_jax.kernels.kept import named
+from lora_jax.kernels.kept import dequantize, named, quantize
 from lora_jax.kernels.loss import Head
 from lora_jax.kernels.nf4.format import BLOCK, NF4Layer, NF4Weight
 from lora_jax.kernels.nf4.mlp import ACTIVATIONS, lora_mlp
@@ -89,10 +89,13 @@ class DecoderConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens seen so far."""
+    """Keys and values of the tokens seen so far.
 
-    keys: tuple[jax.Array, ...]  # for each stack of layers [n, B, S, K, H]
-    values: tuple[jax.Array, ...]
+    For each stack of layers [n, B, S, K, H]; or what `quantize` of kernels/kept.py makes of that, codes and scales.
+    """
+
+    keys: tuple[jax.Array | tuple[jax.Array, jax.Array], ...]
+    values: tuple[jax.Array | tuple[jax.Array, jax.Array], ...]
     length: jax.Array  # int32 []: tokens held
 
 
@@ -397,7 +400,9 @@ class Decoder(nnx.Module):
         if positions is None:
             here = jnp.arange(input_ids.shape[1]) + parallel.first_token(input_ids.shape[1])
             positions = jnp.broadcast_to(here + offset, input_ids.shape)
-        keys = input_ids.shape[1] * parallel.size("context") if cache is None else cache.keys[0].shape[2]
+        keys = (
+            input_ids.shape[1] * parallel.size("context") if cache is None else jax.tree.leaves(cache.keys)[0].shape[2]
+        )
         context = _context(self.config, positions, segment_start, offset, keys, dropout_key)
         context = dataclasses.replace(context, mlp_rows=mlp_rows, counted=counted)
         x = self.embed_tokens(input_ids, self.dtype, inputs_embeds)
@@ -433,12 +438,16 @@ class Decoder(nnx.Module):
         """The head of the loss."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).head(self.config.logit_softcap)
 
-    def new_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `length` tokens a row."""
+    def new_cache(self, batch: int, length: int, quantized: bool = False) -> Cache:
+        """An empty cache for `length` tokens a row; quantised, keys and values are rounded to 8 bits."""
         c = self.config
         shapes = [(s.count, batch, length, c.num_kv_heads) for s in self.layers]
         widths = (c.head_dim, c.head_dim if c.mla is None else c.mla.value_dim)
-        keys, values = (tuple(jnp.zeros((*shape, width), self.dtype) for shape in shapes) for width in widths)
+
+        def empty(shape):
+            return quantize(jnp.zeros(shape, self.dtype)) if quantized else jnp.zeros(shape, self.dtype)
+
+        keys, values = (tuple(empty((*shape, width)) for shape in shapes) for width in widths)
         return Cache(keys, values, jnp.int32(0))
 
     def named_modules(self) -> Iterator[tuple[str, Block | None, Linear | Embedding | RMSNorm]]:
@@ -672,7 +681,7 @@ def _entry(leaf, index: jax.Array):
     return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False, allow_negative_indices=False)
 
 
-def _run_stack_with_cache(stack: Block, x: jax.Array, context: Context, keys: jax.Array, values: jax.Array):
+def _run_stack_with_cache(stack: Block, x: jax.Array, context: Context, keys, values):
     """Runs all layers of a stack, writing their keys and values in place: (x, keys, values).
 
     Like `_run_stack`, a layer takes its weights out of the whole stack: scan would copy all that it cuts.
@@ -685,11 +694,22 @@ def _run_stack_with_cache(stack: Block, x: jax.Array, context: Context, keys: ja
 
         def update(k, v):
             start = (at, 0, context.query_offset, 0, 0)
-            new_keys = jax.lax.dynamic_update_slice(keys, k[None], start)
-            new_values = jax.lax.dynamic_update_slice(values, v[None], start)
-            return new_keys[at], new_values[at], (new_keys, new_values)
+            new_keys, new_values = _cached(keys, k, start), _cached(values, v, start)
+            return _of_cache(new_keys, at, k.dtype), _of_cache(new_values, at, v.dtype), (new_keys, new_values)
 
         x, (keys, values), _ = nnx.merge(graph, weights)(x, context, stack.first + at, update)
         return (x, keys, values), None
 
     return jax.lax.scan(body, (x, keys, values), jnp.arange(stack.count))[0]
+
+
+def _cached(stack, new: jax.Array, start):
+    """A stack of keys or values with new ones [B, T, K, H] written into it."""
+    parts = quantize(new) if isinstance(stack, tuple) else new
+    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_slice(whole, part[None], start), stack, parts)
+
+
+def _of_cache(stack, at: jax.Array, dtype) -> jax.Array:
+    """One layer's keys or values [B, S, K, H]."""
+    layer = jax.tree.map(lambda whole: whole[at], stack)
+    return dequantize(*layer, dtype) if isinstance(stack, tuple) else layer

@@ -12,6 +12,7 @@ import pytest
 import lora_jax
 from lora_jax import generate_text, get_peft_model
 from lora_jax.generation import _draw, stop_ids
+from lora_jax.kernels import kept
 from tests import tiny
 
 NEW = 12
@@ -99,6 +100,32 @@ def test_one_row_of_ids(model, greedy):
         assert out.tolist() == [PROMPTS[0] + greedy[0, :3].tolist()]
     out = model.generate(np.array(PROMPTS[0]), attention_mask=np.ones(9), max_new_tokens=3, eos_token_id=[])
     assert out[0, 9:].tolist() == greedy[0, :3].tolist()
+
+
+def test_a_cache_in_8_bits(model):
+    """Half of the bytes, and logits that differ by what rounding keys and values to 8 bits makes of them."""
+    prompt = jnp.asarray(tiny.ids(2, 30, seed=5))
+    module = model.module
+    logits, sizes = {}, {}
+    for quantized in (False, True):
+        cache = module.new_cache(2, 32, quantized=quantized)
+        sizes[quantized] = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.keys, cache.values)))
+        _, cache = module(prompt[:, :29], cache=cache)
+        x, cache = module(prompt[:, 29:], cache=cache)
+        assert int(cache.length) == 30
+        logits[quantized] = np.asarray(module.head().logits(x[:, -1]), np.float64)
+    blocks = 2 / kept.block_of(model.config.head_dim)  # bytes of a scale for each element
+    assert sizes[True] / sizes[False] == (1 + blocks) / module.dtype.itemsize
+    error = np.linalg.norm(logits[True] - logits[False]) / np.linalg.norm(logits[False])
+    # Elements are off by up to 0.4 % of their block's largest, 0.7 % of their norm, in each layer; scores are exponents.
+    assert 1e-5 < error < 0.03
+    plain, rounded = (
+        model.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[], cache_implementation=kind)
+        for kind in ("static", "quantized")
+    )
+    assert (plain == rounded).mean() > 0.8  # from a near tie on a row goes another way
+    with pytest.raises(ValueError, match="'offloaded' is not known; there are None and \"quantized\""):
+        model.generate(PROMPTS, cache_implementation="offloaded")
 
 
 def test_prompts_longer_than_a_multiple_of_64_and_caches_that_grow(model):
