@@ -7,6 +7,7 @@
 #   make test-gpu            on a machine with a GPU: the kernels' tests there, compiled, and every test marked `gpu`
 #   make test-all            every test, every configuration
 #   make cuda-compiler       the CUDA compiler in .cuda (265 MB): the tests then compile every kernel for four GPUs
+#   make docs                the API reference from docstrings, in docs/api
 #   make lint                ruff and pyright
 #   make format              let ruff rewrite the sources
 #
@@ -17,9 +18,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-oracles test-all lint format env oracle-env cuda-compiler
+.PHONY: help demo test test-gpu test-oracles test-all docs lint format env oracle-env cuda-compiler
 
 ARGS ?=
+DOCUMENTED := $(addprefix lora_jax.,auto batches bench cards chat_templates data distributed doctor export.adapters \
+  export.peft generation loop memory_limit optim plan remat sharding step kernels.attention kernels.dispatch \
+  kernels.loss kernels.nf4)
 PYENV_VERSIONS := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
 
 # $(call find-python,condition on the version,candidates...): the first that runs, can make environments, and fits.
@@ -72,6 +76,10 @@ test-oracles: $(ENV) $(ORACLE_ENV)
 
 test-all: $(ENV) $(ORACLE_ENV)
 	LORA_JAX_ORACLE_PYTHON=$(ORACLE_PYTHON) $(PYTHON) -m pytest --all-configs $(ARGS)
+
+docs: $(ENV)
+	@$(PYTHON) -c "import pdoc" 2>/dev/null || { echo "make docs needs pdoc: $(PYTHON) -m pip install -e '.[docs]'"; exit 1; }
+	$(PYTHON) -m pdoc --docformat google --output-directory docs/api lora_jax $(DOCUMENTED)
 
 lint: $(ENV)
 	$(PYTHON) -m ruff format --check .

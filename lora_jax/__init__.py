@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lora_jax.generation import generate, generate_text
     from lora_jax.loading import from_pretrained
     from lora_jax.lora import LoraConfig, get_peft_model
+    from lora_jax.memory_limit import limit_memory
     from lora_jax.model import CausalLM
     from lora_jax.step import make_eval_step, make_train_step, train_step
     from lora_jax.trainer import SFTTrainer
@@ -64,6 +65,7 @@ _MODULE_OF_NAME = {
     "generate": "lora_jax.generation",
     "generate_text": "lora_jax.generation",
     "get_peft_model": "lora_jax.lora",
+    "limit_memory": "lora_jax.memory_limit",
     "load_adapter": "lora_jax.export.peft",
     "make_eval_step": "lora_jax.step",
     "make_train_step": "lora_jax.step",
@@ -96,6 +98,7 @@ __all__ = [
     "get_peft_model",
     "is_bf16_supported",
     "is_bfloat16_supported",
+    "limit_memory",
     "load_adapter",
     "make_eval_step",
     "make_train_step",

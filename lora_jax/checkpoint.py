@@ -9,6 +9,9 @@
 Everything is written into a folder of another name, which is renamed to `checkpoint-N` when it is complete and on disk:
 a process killed at any moment leaves the older checkpoints as they were. The manifest shows later damage (a truncated
 copy, a failing disk) before any of it is used. This module is the only one that knows Orbax.
+
+With several processes all of them save and restore, in a folder that they share: each writes its part of the arrays,
+the first one everything else.
 """
 
 import json
@@ -25,6 +28,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from lora_jax.distributed import gather, is_first, together
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = re.compile(r"\.checkpoint-\d+\.unfinished")
@@ -61,14 +66,19 @@ class Checkpointer:
         self._error: BaseException | None = None
         self._saving = ""
         try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            for path in self.output_dir.iterdir():
-                if _UNFINISHED.fullmatch(path.name):
-                    shutil.rmtree(path)
+            with together(f"preparing {self.output_dir}"):
+                if is_first():
+                    self._prepare()
         except OSError as error:
             raise CheckpointError(
                 f"Cannot write to output_dir {self.output_dir}: {error}. Choose an output_dir that can be written."
             ) from error
+
+    def _prepare(self) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        for path in self.output_dir.iterdir():
+            if _UNFINISHED.fullmatch(path.name):
+                shutil.rmtree(path)
 
     def save(
         self,
@@ -90,8 +100,8 @@ class Checkpointer:
             lora: pytree of arrays.
             opt_state: pytree of arrays.
             state: JSON-able values to have back from `restore`.
-            write_extra: called with the unfinished folder, to put more files there. Runs before this returns, since it
-                may read arrays that the next step takes over.
+            write_extra: called with the unfinished folder, to put more files there; in every process. Runs before this
+                returns, since it may read arrays that the next step takes over.
             wait: return only when the checkpoint is complete.
         """
         self.wait()
@@ -101,10 +111,12 @@ class Checkpointer:
         unfinished = self.output_dir / f".checkpoint-{step}.unfinished"
         self._saving = final.name
         try:
-            if unfinished.exists():
-                shutil.rmtree(unfinished)
-            unfinished.mkdir()
-            (unfinished / _STATE).write_text(json.dumps(dict(state), indent=1))
+            with together(f"saving {final.name}"):
+                if is_first():
+                    if unfinished.exists():
+                        shutil.rmtree(unfinished)
+                    unfinished.mkdir()
+                    (unfinished / _STATE).write_text(json.dumps(dict(state), indent=1))
             if write_extra is not None:
                 write_extra(unfinished)
             response = ocp.save_async(str(unfinished / _ARRAYS), _by_path(lora, opt_state))
@@ -114,13 +126,9 @@ class Checkpointer:
 
         def finish() -> None:
             try:
-                response.result()
-                _write_manifest(unfinished)
-                if final.exists():  # a rerun of this step; its successor is complete and on disk by now
-                    shutil.rmtree(final)
-                os.replace(unfinished, final)
-                _sync(self.output_dir)
-                self._delete_old()
+                response.result()  # in the first process it is there when all have written
+                if is_first():
+                    self._finish(unfinished, final)
             except BaseException as error:  # handed to the training thread by wait()
                 self._error = error
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -132,21 +140,37 @@ class Checkpointer:
             self.wait()
         return final
 
-    def wait(self) -> None:
-        """Return when no save is running. Raises CheckpointError if the last one failed."""
+    def _finish(self, unfinished: Path, final: Path) -> None:
+        _write_manifest(unfinished)
+        if final.exists():  # a rerun of this step; its successor is complete and on disk by now
+            shutil.rmtree(final)
+        os.replace(unfinished, final)
+        _sync(self.output_dir)
+        self._delete_old()
+
+    def wait(self, *, alone: bool = False) -> None:
+        """Return when no save is running. Raises CheckpointError if the last one failed.
+
+        All processes must call it, and have the error if one has, unless each is to wait `alone`.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
+        error, self._error = self._error, None
+        failures = [] if alone else gather(None if error is None else _first_line(error))
+        if error is not None:
             raise self._explain(error) from error
+        for number, text in enumerate(failures):
+            if text is not None:
+                raise self._explain(RuntimeError(f"process {number}: {text}"))
 
     def delete_after(self, step: int) -> None:
         """Remove every checkpoint of a later step."""
         self.wait()
-        for path in list_checkpoints(self.output_dir):
-            if step_of(path) > step:
-                shutil.rmtree(path)
+        with together("removing checkpoints"):
+            for path in list_checkpoints(self.output_dir) if is_first() else ():
+                if step_of(path) > step:
+                    shutil.rmtree(path)
 
     def _delete_old(self) -> None:
         if self.keep is not None:

@@ -8,6 +8,7 @@ everything else is refused, with the nearest valid name or with what to do inste
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import math
 import sys
 import types
@@ -30,7 +31,13 @@ SCHEDULERS = (
 _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw", "adamw_hf", "adamw_jax")
 _ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 _ADAMW_PAGED = ("paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit")
-_REPORTERS = ("none", "jsonl")
+# Trackers: the module that each needs, and how it is installed.
+TRACKERS = {
+    "tensorboard": ("tensorboardX", "pip install tensorboardX"),
+    "wandb": ("wandb", "pip install wandb"),
+    "trackio": ("trackio", "pip install trackio"),
+}
+_REPORTERS = ("none", "jsonl", *TRACKERS)
 
 _ALIASES = {
     "max_seq_length": "max_length",
@@ -52,7 +59,6 @@ _NO_EFFECT = {
     "ddp_timeout": "there is no DistributedDataParallel",
     "gradient_checkpointing_kwargs": "recomputation is chosen by gradient_checkpointing alone",
     "tf32": "matmul precision follows the model's dtype",
-    "run_name": "it names runs of trackers, and none is used",
     "log_level": "messages are few and always shown",
     "skip_memory_metrics": "memory is read from the device at no cost",
     "torch_empty_cache_steps": "there is no torch cache",
@@ -65,9 +71,7 @@ _NO_EFFECT = {
     "include_num_input_tokens_seen": "num_tokens is in every record",
     "log_level_replica": "messages are few and always shown",
     "log_on_each_node": "messages are few and always shown",
-    "logging_dir": "results go to output_dir",
-    "project": "it names runs of trackers, and none is used",
-    "trackio_space_id": "it is about a tracker that is not used",
+    "trackio_space_id": "the environment variable TRACKIO_SPACE_ID says so to trackio",
     "prediction_loss_only": "evaluation computes the loss alone",
     "eval_do_concat_batches": "evaluation computes the loss alone",
     "eval_accumulation_steps": "evaluation computes the loss alone",
@@ -92,8 +96,8 @@ _NO_EFFECT = {
     "hub_strategy": "nothing is uploaded while training runs",
     "hub_always_push": "nothing is uploaded while training runs",
     "hub_revision": "nothing is uploaded while training runs",
-    "trackio_bucket_id": "it is about a tracker that is not used",
-    "trackio_static_space_id": "it is about a tracker that is not used",
+    "trackio_bucket_id": "trackio keeps its runs on this machine",
+    "trackio_static_space_id": "trackio keeps its runs on this machine",
     "enable_jit_checkpoint": "a signal saves the step in progress anyway",
     "dataset_batch_size": "rows are tokenized one by one",
     "pad_to_multiple_of": "rows are padded to a few lengths, so that few programs are compiled",
@@ -280,7 +284,7 @@ class SFTConfig:
     # alike.
     scan_layers: bool | None = None
     # Devices that share the work: "auto" for all, or sizes such as {"data": 2, "fsdp": 4}, see lora_jax.sharding. Batch
-    # sizes are then of each device that has rows of its own. None: the model's mesh, or one device.
+    # sizes are then of each device that has rows of its own. None: the mesh that the model was loaded on, or one.
     mesh: str | dict[str, Any] | None = None
     bf16: bool = True  # no effect: the dtype is that of the loaded model
 
@@ -301,7 +305,11 @@ class SFTConfig:
     # --- logging, evaluation, checkpoints. Steps below 1 are a share of all steps.
     logging_steps: float = 10  # how often log_history and on_log get an entry; metrics.jsonl has every step
     logging_first_step: bool = False  # an entry for step 1 as well
-    report_to: str | list[str] | None = "none"  # "none" or "jsonl"; metrics.jsonl is always written
+    # Trackers that get every log: "tensorboard", "wandb", "trackio", or several. metrics.jsonl is always written.
+    report_to: str | list[str] | None = "none"
+    run_name: str | None = None  # what trackers call the run; None: the name of output_dir
+    project: str = "lora-jax"  # the project of a wandb or trackio run
+    logging_dir: str | None = None  # where TensorBoard's files go; None: output_dir/tensorboard
     disable_tqdm: bool | None = None  # True: no progress bar
     eval_strategy: str = "no"  # no, steps or epoch
     eval_steps: float | None = None  # None: logging_steps
@@ -315,8 +323,9 @@ class SFTConfig:
     def __post_init__(self) -> None:
         if self.gradient_checkpointing == "unsloth":  # what it calls its own way of recomputing everything
             object.__setattr__(self, "gradient_checkpointing", True)
-        if isinstance(self.output_dir, Path):
-            object.__setattr__(self, "output_dir", str(self.output_dir))
+        for name in ("output_dir", "logging_dir"):
+            if isinstance(value := getattr(self, name), Path):
+                object.__setattr__(self, name, str(value))
         if self.greater_is_better is None and isinstance(self.metric_for_best_model, str):
             object.__setattr__(self, "greater_is_better", not self.metric_for_best_model.endswith("loss"))
         _check_types(self)
@@ -458,6 +467,9 @@ def _check_choices(config: SFTConfig) -> None:
                 f"SFTConfig: got report_to={reporter!r}; wanted one of {', '.join(_REPORTERS)}. Every step is in "
                 "output_dir/metrics.jsonl; for another tracker pass a callback with on_log(args, state, control, logs)."
             )
+        module, install = TRACKERS.get(reporter, ("sys", ""))
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"SFTConfig: report_to={reporter!r} needs the package {module}, not installed: {install}")
     if config.warmup_steps and config.warmup_ratio:
         raise ValueError(
             f"SFTConfig: got warmup_steps={config.warmup_steps} and warmup_ratio={config.warmup_ratio}, which say the "

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from lora_jax.fp8 import ACTIVATION_SCALE, SCALE, block_size, decode_fp8, read_codes
@@ -14,6 +16,8 @@ from lora_jax.fused_experts import BLOCKS, SCALES, Part, decode_mxfp4, parts_of,
 
 __all__ = ["Checkpoint", "QuantState", "read_json", "resolve_folder"]
 
+# Dtypes of safetensors whose bytes can be taken as they are.
+_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "U8": np.uint8}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # What a repository holds beside weights: configuration, tokenizer, chat template.
@@ -134,6 +138,7 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         self._files: dict[str, Any] = {}
+        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
         index = folder / _INDEX
         if index.exists():
             self._where = weight_map = _weight_map(index)
@@ -240,6 +245,37 @@ class Checkpoint:
             return weight if part is None else part.take(weight)
         tensor = file.get_tensor(stored) if part is None else part.take(file.get_slice(stored)[part.expert])
         return self._for_blocks_of_64(name, tensor)
+
+    def read_rows(self, name: str, start: int, stop: int, rows: int) -> np.ndarray:
+        """Rows start to stop of a tensor that has `rows` of them, or that holds so many one after the other; as `read`.
+
+        Nothing else is read, unless the tensor is a part of one in the files, or has to be decoded.
+        """
+        stored, weight = self._stored[name], name.rpartition(".")[0]
+        state = self.quant_state(weight) if weight in self._states else None
+        start_of_data, entries = self._header(self._where[name])
+        entry = entries.get(stored, {"dtype": "none", "shape": [1]})  # in MXFP4 it has another name
+        decoded = entry["dtype"] not in _NUMPY or (state is not None and state.blocksize != 64)
+        if decoded or name in self._parts or entry["shape"][0] % rows:
+            return self.read(name).reshape(rows, -1)[start:stop]
+        # Not the library's slices, for which it reads the whole tensor.
+        dtype, each = np.dtype(_NUMPY[entry["dtype"]]), math.prod(entry["shape"]) // rows
+        at = start_of_data + entry["data_offsets"][0] + start * each * dtype.itemsize
+        array = np.empty((stop - start, each), dtype)
+        rest = memoryview(array.view(np.uint8)).cast("B")
+        with (self.folder / self._where[name]).open("rb", buffering=0) as file:
+            file.seek(at)
+            while rest and (count := file.readinto(rest)):
+                rest = rest[count:]
+        return array
+
+    def _header(self, file: str) -> tuple[int, dict[str, Any]]:
+        """Where the tensors' bytes begin in a file, and what it says of each; see `lora_jax.fp8.read_codes`."""
+        if file not in self._headers:
+            with (self.folder / file).open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                self._headers[file] = 8 + length, json.loads(stream.read(length))
+        return self._headers[file]
 
     def _for_blocks_of_64(self, name: str, tensor: np.ndarray) -> np.ndarray:
         """Scales of larger blocks, as often as there are blocks of 64 in one: the same weights.

@@ -1,5 +1,8 @@
 """Loads a Hugging Face checkpoint into a model, tensor by tensor, quantised on the way to the device."""
 
+import functools
+import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,14 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from lora_jax.distributed import agree, is_first
 from lora_jax.fp8 import block_size
 from lora_jax.guards import is_out_of_memory
 from lora_jax.hf_checkpoint import Checkpoint, QuantState, read_json, resolve_folder
 from lora_jax.kernels.nf4 import NF4Weight, dequantize, quantize
-from lora_jax.kernels.nf4.format import CODE
+from lora_jax.kernels.nf4.format import CODE, quantize_absmax
 from lora_jax.model import CausalLM
 from lora_jax.models.decoder import Decoder, full_names
 from lora_jax.models.hf_config import further_layers
@@ -22,7 +26,7 @@ from lora_jax.models.linear import Linear, set_layer
 from lora_jax.models.moe import Router
 from lora_jax.models.registry import config_from_hf
 from lora_jax.reporting import console
-from lora_jax.sharding import check, make_mesh, shardings_of
+from lora_jax.sharding import check, make_mesh, move, shardings_of
 
 __all__ = ["from_pretrained", "load", "load_decoder", "load_tokenizer"]
 
@@ -152,6 +156,8 @@ def load(
     if mesh is not None:
         stored_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         mesh = make_mesh(mesh, model_bytes=stored_bytes // 4 if load_in_4bit else stored_bytes)
+        how = {"mesh": dict(mesh.shape), "config.json": zlib.crc32(repr(sorted(hf_config.items())).encode())}
+        agree("the model", {**how, "bytes": stored_bytes, "storage": str(nf4), "dtype": model_dtype.name})
     try:
         options: Any = {"nf4": nf4 or None, "dtype": model_dtype, "mesh": mesh, "progress": progress}
         module = load_decoder(checkpoint, hf_config, offload_embedding=offload_embedding, **options)
@@ -187,6 +193,9 @@ def load_decoder(
 ) -> Decoder:
     """Loads the weights. Peak host memory is one tensor; peak device memory is its part of the result and one tensor.
 
+    On a mesh every process reads the rows that its devices hold; of tensors that have to be decoded (FP8, MXFP4), and
+    of experts, all.
+
     Args:
       checkpoint: the files.
       hf_config: config.json.
@@ -220,15 +229,19 @@ def load_decoder(
     for name in _track(list(slots), progress):
         slot = slots[name]
         like = slot.variable.get_value()
-        new = _read(checkpoint, name, states[name], like)
-        where = None if mesh is None else shardings_of(name, like, mesh)
+        offloaded = offload_embedding and slot.owner is model.embed_tokens
+        where = None if mesh is None or offloaded else shardings_of(name, like, mesh)
+        if where is None:
+            new = _read(checkpoint, name, states[name], like)
+        else:
+            new = _read_shares(checkpoint, name, states[name], like, _of_one(where, like, slot.index))
         if slot.index is None:
-            slot.variable.set_value(new if where is None else jax.device_put(new, where))
+            slot.variable.set_value(new)
         else:
             if isinstance(jax.tree.leaves(like)[0], jax.ShapeDtypeStruct):
                 like = _zeros(like, where)
             slot.variable.set_value(set_layer(like, new, slot.index))
-        if offload_embedding and slot.owner is model.embed_tokens:
+        if offloaded:
             model.embed_tokens.offload()
         # JAX works ahead of the device: without waiting, many tensors would be in memory at once.
         jax.block_until_ready(slot.variable.get_value())
@@ -305,36 +318,121 @@ def _read(checkpoint: Checkpoint, name: str, state: QuantState | None, like) -> 
     if state is not None:
         weight = _read_nf4(checkpoint, name, state)
         return weight if isinstance(like, NF4Weight) else dequantize(weight, like.dtype)
-    array = checkpoint.read(name)
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise ValueError(f"{checkpoint.folder}: {name} is stored as {array.dtype}, wanted a 16- or 32-bit float")
+    array = _floats(checkpoint, name, checkpoint.read(name))
     if not isinstance(like, NF4Weight):
         return jnp.asarray(array, like.dtype)
     return _quantize(jnp.asarray(array), like.double_quantized)
 
 
-def _read_nf4(checkpoint: Checkpoint, name: str, state: QuantState) -> NF4Weight:
-    """A weight as bitsandbytes stores it; the bytes are kept."""
+def _floats(checkpoint: Checkpoint, name: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise ValueError(f"{checkpoint.folder}: {name} is stored as {array.dtype}, wanted a 16- or 32-bit float")
+    return array
+
+
+def _read_nf4(checkpoint: Checkpoint, name: str, state: QuantState, where: Any = None) -> NF4Weight:
+    """A weight as bitsandbytes stores it, on one device or `where`; the bytes are kept."""
     if not np.array_equal(checkpoint.read(f"{name}.quant_map"), CODE):
         raise ValueError(f"{checkpoint.folder}: {name}.quant_map is not the NF4 table")
-    spec = NF4Weight.abstract(state.shape, state.nested_offset is not None)
+    spec: Any = NF4Weight.abstract(state.shape, state.nested_offset is not None)
 
-    def part(ending: str, like) -> jax.Array:
-        # bitsandbytes may store the bytes of the codes under another dtype (bnb_4bit_quant_storage).
-        array = checkpoint.read(name + ending)
-        array = array.view(np.uint8) if not ending else array
-        if array.size != np.prod(like.shape) or array.dtype != like.dtype:
-            got, want = f"{list(array.shape)} {array.dtype}", f"{like.shape} {like.dtype}"
-            raise ValueError(
-                f"{checkpoint.folder}: {name}{ending} is {got}, a weight {state.shape} in NF4 wants {want}"
-            )
-        return jnp.asarray(array.reshape(like.shape))
+    def part(ending: str, like, place: NamedSharding | None) -> jax.Array:
+        def as_part(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+            # bitsandbytes may store the bytes of the codes under another dtype (bnb_4bit_quant_storage).
+            array = array if ending else array.view(np.uint8)
+            if array.size != math.prod(shape) or array.dtype != like.dtype:
+                got, want = f"{list(array.shape)} {array.dtype}", f"{like.shape} {like.dtype}"
+                raise ValueError(
+                    f"{checkpoint.folder}: {name}{ending} is {got}, a weight {state.shape} in NF4 wants {want}"
+                )
+            return array.reshape(shape)
 
-    packed, absmax = part("", spec.packed), part(".absmax", spec.absmax)
+        if place is None:
+            return jnp.asarray(as_part(checkpoint.read(name + ending), like.shape))
+        if len(like.shape) == 2:
+            return _rows_on_mesh(checkpoint, name + ending, like.shape, place, as_part)
+        return move(as_part(checkpoint.read(name + ending), like.shape), place)  # small, or not in rows
+
+    def read(ending: str, attribute: str) -> jax.Array:
+        return part(ending, getattr(spec, attribute), getattr(where, attribute, None))
+
+    packed, absmax = read("", "packed"), read(".absmax", "absmax")
     if state.nested_offset is None:
         return NF4Weight(packed, absmax)
-    nested = part(".nested_absmax", spec.nested_absmax), part(".nested_quant_map", spec.nested_code)
-    return NF4Weight(packed, absmax, nested[0], jnp.float32(state.nested_offset), nested[1])
+    nested, code = read(".nested_absmax", "nested_absmax"), read(".nested_quant_map", "nested_code")
+    offset = jnp.float32(state.nested_offset)
+    return NF4Weight(packed, absmax, nested, offset if where is None else move(offset, where.nested_offset), code)
+
+
+def _of_one(where, like, index):
+    """Where one entry of a stack lies, whose arrays lie `where`."""
+    leading = 0 if index is None else len(index) if isinstance(index, tuple) else 1
+
+    def cut(place: NamedSharding) -> NamedSharding:
+        return NamedSharding(place.mesh, PartitionSpec(*place.spec[leading:]))
+
+    return jax.tree.map(cut, where) if isinstance(like, NF4Weight) else cut(where)
+
+
+def _read_shares(checkpoint: Checkpoint, name: str, state: QuantState | None, like, where) -> jax.Array | NF4Weight:
+    """One tensor on a mesh, in the form of `like`. Every process reads the rows of its own devices."""
+    quantized = isinstance(like, NF4Weight)
+    if state is not None:
+        return (
+            _read_nf4(checkpoint, name, state, where)
+            if quantized
+            else move(_read(checkpoint, name, state, like), where)
+        )
+
+    def as_stored(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return _floats(checkpoint, name, array).reshape(shape)
+
+    shape = checkpoint.shape(name)
+    if not quantized:
+        return _rows_on_mesh(checkpoint, name, shape, where, lambda x, part: as_stored(x, part).astype(like.dtype))
+    w = _rows_on_mesh(checkpoint, name, shape, where.packed, as_stored)
+    mesh = where.packed.mesh
+    packed, absmax = _quantizer(mesh, where.packed.spec, where.absmax.spec)(w)
+    if not like.double_quantized:
+        return NF4Weight(packed, absmax)
+    nested = where.absmax, where.nested_absmax, where.nested_offset, where.nested_code
+    return NF4Weight(packed, *_nested_quantizer(mesh, nested)(absmax))
+
+
+def _rows_on_mesh(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], where: NamedSharding, convert
+) -> jax.Array:
+    """A tensor on a mesh, of which this process reads the rows that its devices have, as convert(array, shape)."""
+
+    @functools.cache  # devices may have the same rows
+    def read(start: int, stop: int) -> np.ndarray:
+        return convert(checkpoint.read_rows(name, start, stop, shape[0]), (stop - start, *shape[1:]))
+
+    def part(index: Any) -> np.ndarray:  # a slice for each axis
+        start, stop, _ = index[0].indices(shape[0])
+        return read(start, stop)[(slice(None), *index[1:])]
+
+    return jax.make_array_from_callback(shape, where, part)
+
+
+@functools.cache
+def _quantizer(mesh: Mesh, spec: PartitionSpec, absmax_spec: PartitionSpec):
+    """w [N, K] -> codes and float32 scales, all devices quantising what they hold."""
+
+    def on_one_device(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q = quantize(w, False)
+        return q.packed, q.absmax
+
+    out = spec, absmax_spec
+    return jax.jit(jax.shard_map(on_one_device, mesh=mesh, in_specs=spec, out_specs=out, check_vma=False))
+
+
+@functools.cache
+def _nested_quantizer(mesh: Mesh, where: tuple[NamedSharding, ...]):
+    """Scales -> their quantised form. All devices quantise all of them, so that their mean is that of one device."""
+    whole = PartitionSpec()
+    all_of_them = jax.shard_map(quantize_absmax, mesh=mesh, in_specs=whole, out_specs=(whole,) * 4, check_vma=False)
+    return jax.jit(all_of_them, out_shardings=where)
 
 
 def _zeros(like, shardings):
@@ -352,4 +450,4 @@ _quantize = jax.jit(quantize, static_argnums=1)
 def _track(names: list[str], show: bool):
     from rich.progress import track
 
-    return track(names, "Loading weights", disable=not show, console=console)
+    return track(names, "Loading weights", disable=not show or not is_first(), console=console)

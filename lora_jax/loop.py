@@ -5,6 +5,7 @@ but logging to callbacks, evaluation and saving.
 """
 
 import dataclasses
+import datetime
 import math
 import time
 from collections import deque
@@ -17,10 +18,32 @@ import numpy as np
 
 from lora_jax import checkpoint as ckpt
 from lora_jax.batches import BatchIterator
+from lora_jax.distributed import (
+    Preemption,
+    ProcessError,
+    agree,
+    check_shared_folder,
+    explain_lost_peer,
+    is_first,
+    several,
+)
 from lora_jax.guards import StopSignals, TrainableCheck, check_finite, explain_out_of_memory, is_out_of_memory
 from lora_jax.optim import keep_on_host, make_optimizer, stop_at_nonfinite
-from lora_jax.reporting import MetricsFile, ProgressBar, device_memory, plot_loss, read_metrics, say
-from lora_jax.sharding import describe, put_beside
+from lora_jax.reporting import (
+    MetricsFile,
+    ProgressBar,
+    Trackers,
+    changed_settings,
+    describe_adapter,
+    device_memory,
+    plot_loss,
+    read_metrics,
+    say,
+    versions,
+    write_report,
+    write_run,
+)
+from lora_jax.sharding import describe, put_batch, put_beside
 from lora_jax.step import PlannedStep, bytes_held
 
 if TYPE_CHECKING:
@@ -97,6 +120,8 @@ class Run:
             eval_steps=logging_steps if args.eval_steps is None else _interval(args.eval_steps, total),
             save_steps=_interval(args.save_steps, total),
             train_batch_size=args.per_device_train_batch_size,
+            is_world_process_zero=is_first(),
+            is_local_process_zero=is_first(),
         )
         trainer.control = TrainerControl()
         optimizer, self.schedule = trainer._optimizers
@@ -122,6 +147,12 @@ class Run:
         self.saved_step: int | None = None
         self.evaluated_step: int | None = None
         self.fingerprint = trainer._fingerprint()
+        agree(
+            "data, or the checkpoint to continue from",
+            {**self.fingerprint, "checkpoint": resume_from and resume_from.name},
+        )
+        self.outcome = "finished"
+        self.lost_peer = False  # another process has ended
 
     # ---- the loop --------------------------------------------------------------------------------------------------
 
@@ -130,15 +161,18 @@ class Run:
         trainer, args = self.trainer, self.args
         output_dir = Path(args.output_dir)
         self.checkpoints = ckpt.Checkpointer(output_dir, keep=args.save_total_limit)
+        check_shared_folder(output_dir)
         start = self._restore()
         if args.overwrite_output_dir:
             self.checkpoints.delete_after(start)
         self.metrics_file = MetricsFile(output_dir / "metrics.jsonl", keep_until=start)
         self._introduce(start)
-        self.bar = ProgressBar(self.total, start, enabled=not args.disable_tqdm)
+        write_run(output_dir, anew=True, **(facts := self._facts(start)))
+        self.trackers = Trackers(args, facts)
+        self.bar = ProgressBar(self.total, start, enabled=not args.disable_tqdm and is_first())
         self.began = self.last_read = time.perf_counter()
         try:
-            with StopSignals() as signals, self.bar:
+            with Preemption() if several() else StopSignals() as signals, self.bar:
                 trainer._call("on_train_begin")
                 if args.eval_on_start and start == 0:
                     self._evaluate()
@@ -146,6 +180,8 @@ class Run:
                     if trainer.control.should_training_stop:
                         break
                     self._one_step(number)
+                    if isinstance(signals, Preemption):
+                        signals.look(number)
                     if signals.received is not None:
                         self._stop_on_signal(signals.received)
                         break
@@ -154,10 +190,18 @@ class Run:
                 output = self._output(start)
                 self._callback("on_train_end")
             signals.leave()
+        except BaseException as error:
+            self.outcome = f"after step {trainer.state.global_step} by {type(error).__name__}: {error}"
+            if (text := explain_lost_peer(error)) is not None:
+                self.lost_peer = True
+                raise ProcessError(text) from error
+            raise
         finally:
             self._give_back()
-            self._finish_save()
-            self._draw(output_dir)
+            if not self.lost_peer:  # for the save in progress it would be waited
+                self._finish_save()
+            self.trackers.finish()
+            self._leave_pictures(output_dir)
         return output
 
     def _one_step(self, number: int) -> None:
@@ -203,6 +247,8 @@ class Run:
         batch["seed"] = np.random.SeedSequence([self.args.seed, number]).generate_state(1)[0]
         live = None if self.check.done else self.check.factors_live(self.lora)
         shape = batch["input_ids"].shape
+        if self.trainer.mesh is not None:
+            batch = put_batch(batch, self.trainer.mesh)
         try:
             if shape not in self.shapes:
                 self._compile(batch)
@@ -298,6 +344,7 @@ class Run:
         logs = {"loss": math.fsum(self.interval) / len(self.interval), **logs}
         self.interval = []
         self.trainer.state.log_history.append({**logs, "step": record["step"]})
+        self.trackers.log(logs, record["step"])
         self._callback("on_log", logs=logs)
 
     def _hint(self) -> str:
@@ -318,6 +365,7 @@ class Run:
         metrics = self.trainer.evaluate()
         self.bar.describe("training")
         self.metrics_file.append({"step": self.trainer.state.global_step, **metrics})
+        self.trackers.log(metrics, self.trainer.state.global_step)
         say(f"Step {self.trainer.state.global_step}: eval_loss {metrics['eval_loss']:.4f}")
         self.last_read += time.perf_counter() - began
 
@@ -389,15 +437,25 @@ class Run:
     def _finish_save(self) -> None:
         """Let a save in progress end, when something else ends the run."""
         try:
-            self.checkpoints.wait()
+            self.checkpoints.wait(alone=True)
         except ckpt.CheckpointError as error:
             say(str(error))
 
-    def _draw(self, output_dir: Path) -> None:
+    def _leave_pictures(self, output_dir: Path) -> None:
+        """The loss curve, `run.json` and the report."""
+        memory = device_memory()
         try:
             plot_loss(read_metrics(self.metrics_file.path), output_dir / "loss_curve.png")
+            write_run(
+                output_dir,
+                ended=f"{_now()}, {self.outcome}",
+                seconds=round(time.perf_counter() - self.began, 3),
+                compile_seconds=round(self.compile_seconds, 3),
+                peak_bytes=None if memory is None else memory.get("peak_bytes_in_use"),
+            )
+            write_report(output_dir)
         except OSError as error:  # a picture is no reason to hide how the run ended
-            say(f"Could not draw the loss curve: {error}")
+            say(f"Could not write the report: {error}")
 
     # ---- words -----------------------------------------------------------------------------------------------------
 
@@ -405,6 +463,26 @@ class Run:
         if self.trainer.callbacks:
             self._give_back()
             self.trainer._call(event, lr_scheduler=self.schedule, optimizer=self.opt_state, **kwargs)
+
+    def _facts(self, start: int) -> dict[str, Any]:
+        """What `run.json` says of the run at its beginning."""
+        trainer, args, model = self.trainer, self.args, self.trainer.model
+        examples = trainer._train_examples or []
+        trained = sum(leaf.size for leaf in jax.tree.leaves(self.lora))
+        device = jax.devices()[0]
+        return {
+            "model": getattr(model, "name_or_path", type(model).__name__),
+            "adapter": describe_adapter(
+                getattr(model, "lora_config", None), trained, _parameter_count(model, self.lora, self.frozen)
+            ),
+            "data": f"{len(examples):,} examples, {sum(map(len, examples)):,} tokens",
+            "batches": f"{args.gradient_accumulation_steps} x {trainer._train_rows} rows of at most "
+            f"{trainer.max_length:,} tokens{', packed' if args.packing else ''}",
+            "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+            "began": _now() + (f", continuing after step {start}" if start else ""),
+            "settings": changed_settings(args),
+            "versions": versions(),
+        }
 
     def _introduce(self, start: int) -> None:
         trainer, args = self.trainer, self.args
@@ -463,6 +541,10 @@ def _committed(tree: Any) -> Any:
         return jax.device_put(x, x.sharding) if len(x.sharding.device_set) == spread else x
 
     return jax.tree.map(commit, tree)
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(" ", "seconds")
 
 
 def _interval(steps: float, total: int) -> int:

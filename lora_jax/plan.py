@@ -168,8 +168,12 @@ def of_config(
     dtype: str | None = None,
     optim: str = "adamw_torch",
     offload_embedding: bool = False,
+    mesh: Any = None,
 ) -> Workload:
     """The step of a model of which only config.json is known; arguments as those of `from_pretrained` and `SFTConfig`.
+
+    With a mesh, which may be a `jax.sharding.AbstractMesh`, weights, adapters and optimizer are those that one device
+    holds; rows are of one device anyway.
 
     Raises:
       ValueError: the architecture, a target module or a setting is not known.
@@ -187,6 +191,7 @@ def of_config(
     from lora_jax.models.moe import Router
     from lora_jax.models.registry import config_from_hf
     from lora_jax.optim import make_optimizer
+    from lora_jax.sharding import bytes_here, share_of_adapters
 
     args = SFTConfig(optim=optim)
     config = config_from_hf(hf_config)
@@ -197,19 +202,23 @@ def of_config(
             part.weight.set_value(NF4Weight.abstract(part.weight.get_value().shape, True))
     model = CausalLM(module, hf_config=hf_config, source=Path())
     lora_config = for_decoder(module, lora_config)
-    shapes = [(k, lora_config.rank_of(name), n) for name, (k, n) in adapter_shapes(model, lora_config).items()]
-    trained = [(k, r) for k, r, _ in shapes] + [(r, n) for _, r, n in shapes]
+    shapes = {name: (k, lora_config.rank_of(name), n) for name, (k, n) in adapter_shapes(model, lora_config).items()}
+    trained = [(k, r) for k, r, _ in shapes.values()] + [(r, n) for _, r, n in shapes.values()]
     vocabulary = (config.vocab_size, config.hidden_size)
     trained += [vocabulary for name in lora_config.modules_to_save if name in ("embed_tokens", "lm_head")]
     lora = [jax.ShapeDtypeStruct(shape, np.float32) for shape in trained]
     state = jax.eval_shape(make_optimizer(args, 1)[0].init, lora)
+    frozen, share = model.split()[2], 1.0
+    weights = _bytes(frozen)
+    if mesh is not None:
+        weights, share = bytes_here(frozen, mesh), share_of_adapters(shapes, mesh)
     offload_embedding = offload_embedding and not config.tie_embeddings
     table = math.prod(vocabulary) * module.dtype.itemsize
     return Workload(
         config=config,
-        weights=_bytes(model.split()[2]) - offload_embedding * table,
-        adapters=_bytes(lora),
-        optimizer=0 if args.optim_is_paged else _bytes(state),
+        weights=weights - offload_embedding * table,
+        adapters=int(share * _bytes(lora)),
+        optimizer=0 if args.optim_is_paged else int(share * _bytes(state)),
         rank=lora_config.r,
         batch=batch,
         length=length,

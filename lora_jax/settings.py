@@ -12,8 +12,8 @@ from lora_jax.config import _ALIASES, _NO_EFFECT, _REFUSED, SFTConfig
 if TYPE_CHECKING:
     from lora_jax.lora import LoraConfig
 
-__all__ = ["LORA", "OWN", "UsageError", "files_of", "lora_config", "read_settings", "sft_config", "split_targets"]
-__all__ += ["write_settings"]
+__all__ = ["LORA", "OWN", "Settings", "UsageError", "files_of", "lora_config", "read_settings", "sft_config"]
+__all__ += ["split_targets", "write_settings"]
 
 # Short names of settings, for flags and YAML files alike.
 _SHORT = {
@@ -27,7 +27,7 @@ _SHORT = {
     "dropout": "lora_dropout",
 }
 # Settings that are neither SFTConfig's nor LoraConfig's, and LoraConfig's.
-OWN = ("model", "data", "eval_data", "load_in_4bit", "offload_embedding", "dtype", "resume")
+OWN = ("model", "data", "eval_data", "load_in_4bit", "offload_embedding", "dtype", "resume", "memory_limit")
 LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 LORA += ("layers_to_transform", "modules_to_save", "random_state", "use_dora", "init_lora_weights")
 LORA += ("rank_pattern", "alpha_pattern", "layers_pattern", "loftq_config")
@@ -38,31 +38,54 @@ class UsageError(ValueError):
     """Something the user asked for that cannot be done."""
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file under their full names. Raises UsageError for what is not one."""
+class Settings(dict[str, Any]):
+    """Settings by their full names, which know where they stand in a file."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any], lines: Mapping[str, int]):
+        super().__init__(values)
+        self.path, self.lines = path, dict(lines)
+
+    def where(self, message: str) -> str | None:
+        """File and lines of the settings that a message is about; None if it names none of them."""
+        found = sorted(line for name, line in self.lines.items() if re.search(rf"(?<!\w){name}(?!\w)", message))
+        return _at(self.path, found) if found else None
+
+
+def _at(path: Path, lines: list[int]) -> str:
+    return f"{path}, line{'s' * (len(lines) > 1)} {' and '.join(map(str, lines))}"
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings of a YAML file under their full names. Raises UsageError, with the line, for what is not one."""
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise UsageError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or not isinstance(tree, yaml.MappingNode):
         raise UsageError(f"{path} holds {type(content).__name__}; wanted lines of `name: value`")
     known = {*OWN, *LORA, *_FIELDS, *_ALIASES, *_SHORT}
     settings: dict[str, Any] = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
+    lines: dict[str, int] = {}
+    for node, _ in tree.value:
+        key, line = str(node.value), node.start_mark.line + 1
+        name = key.replace("-", "_")
         if name not in known | set(_NO_EFFECT) | set(_REFUSED):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"valid names: {', '.join(sorted(known))}"
-            raise UsageError(f"{path}: unknown setting {key!r}; {hint}")
+            raise UsageError(f"{_at(path, [line])}: unknown setting {key!r}; {hint}")
         name = _SHORT.get(name, name)
         if name in settings:
-            raise UsageError(f"{path}: {name} is set twice (once as {key!r}); give it once")
-        settings[name] = value
+            raise UsageError(f"{_at(path, [lines[name], line])}: {name} is set twice (once as {key!r}); give it once")
+        settings[name], lines[name] = content[key], line
     if isinstance(settings.get("target_modules"), str):
         settings["target_modules"] = split_targets(settings["target_modules"])
-    return settings
+    return Settings(path, settings, lines)
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:

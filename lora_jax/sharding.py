@@ -25,6 +25,7 @@ and specs in every file, and transposing it would add collectives that nobody wr
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,29 @@ if TYPE_CHECKING:
     from lora_jax.model import CausalLM
     from lora_jax.models.decoder import DecoderConfig
 
-__all__ = ["RULES", "batch_specs", "check", "describe", "hold_beside", "make_mesh", "over_devices"]
-__all__ += ["parameter_specs", "place", "put", "put_beside", "row_shards", "shardings_of"]
+__all__ = [
+    "RULES",
+    "batch_specs",
+    "bytes_here",
+    "check",
+    "describe",
+    "fetch",
+    "hold_beside",
+    "make_mesh",
+    "move",
+    "over_devices",
+]
+__all__ += [
+    "on_all",
+    "parameter_specs",
+    "place",
+    "put",
+    "put_batch",
+    "put_beside",
+    "row_shards",
+    "share_of_adapters",
+    "shardings_of",
+]
 
 # Mesh axes that a logical axis is shared out over, the first the slowest.
 RULES: dict[str | None, tuple[str, ...]] = {
@@ -74,7 +96,8 @@ def make_mesh(
     """The mesh of these sizes.
 
     Args:
-      sizes: devices along each axis, {"data": 2, "fsdp": 4}; one may be -1, for all that are left. "auto" takes all
+      sizes: devices along each axis, {"data": 2, "fsdp": 4} or "data=2,fsdp=4"; one may be -1, for all that are left.
+        Devices are those of all processes, and neighbours of one host along the later axes. "auto" takes all
         devices: "data" if the weights take less than a quarter of one device's memory, else "fsdp", which divides
         their memory too. A mesh with these axis names is taken as it is.
       model_bytes: bytes of the weights, for "auto".
@@ -90,8 +113,8 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     if isinstance(sizes, str):
         if sizes != "auto":
-            raise ValueError(f'mesh={sizes!r} is neither "auto" nor sizes such as {{"data": 2, "fsdp": 4}}')
-        memory = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
+            return make_mesh(_sizes_of(sizes), devices=devices)
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
         sizes = {"data" if model_bytes < memory / 4 else "fsdp": len(devices)}
     _check_names(sizes)
     given = {axis: sizes.get(axis, 1) for axis in AXES}
@@ -105,6 +128,14 @@ def make_mesh(
             "that number (-1 for one of them takes the rest)"
         )
     return _mesh(given, devices)
+
+
+def _sizes_of(text: str) -> dict[str, int]:
+    """{"data": 2, "fsdp": 4} of "data=2,fsdp=4"."""
+    try:
+        return {axis.strip(): int(size) for axis, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ValueError(f'mesh={text!r} is neither "auto" nor sizes such as "data=2,fsdp=4"') from None
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -225,6 +256,31 @@ def _nf4_specs(w: NF4Weight, axes: list) -> NF4Weight:
     return NF4Weight(P(*lead, rows, columns), absmax, *nested)  # pyright: ignore[reportArgumentType]
 
 
+def bytes_here(state: Any, mesh: Any) -> int:
+    """Bytes that one device holds of a state of `CausalLM.split`; the mesh may be a `jax.sharding.AbstractMesh`."""
+    specs = jax.tree.leaves(parameter_specs(state, mesh), is_leaf=_is_spec)
+    sizes = [
+        (math.prod(leaf.shape) * leaf.dtype.itemsize, spec)
+        for leaf, spec in zip(jax.tree.leaves(state), specs, strict=True)
+    ]
+    return sum(size // _product(mesh, _axes_of(spec)) for size, spec in sizes)
+
+
+def share_of_adapters(shapes: Mapping[str, tuple[int, int, int]], mesh: Any) -> float:
+    """The share of adapters that one device holds, of adapters (K, R, N) by the full names of their modules."""
+    stacks: dict[tuple, int] = {}
+    for name, (k, r, n) in shapes.items():
+        for side in (k, n):
+            key = re.sub(r"\d+", "", name), r, side, side == n
+            stacks[key] = stacks.get(key, 0) + 1
+    sizes = [((count, side, r), count * side * r) for (_, r, side, _), count in stacks.items()]
+    axes: list = [(), (), ()]
+    here = [
+        size // _product(mesh, [a for along in _share_out(shape, axes, mesh) for a in along]) for shape, size in sizes
+    ]
+    return sum(here) / max(1, sum(size for _, size in sizes))
+
+
 def batch_specs(batch: Mapping[str, Any]) -> dict[str, P]:
     """PartitionSpecs of a batch whose arrays are [..., B, T] or [..., B, T, D]; "seed" is the same everywhere."""
     lead = (None,) * (np.ndim(batch["input_ids"]) - 2)
@@ -252,16 +308,54 @@ def put(state: Any, mesh: Mesh) -> Any:
 
 
 def _put(state: Any, specs: Any, mesh: Mesh) -> Any:
-    def move(spec: P, leaf: Any) -> Any:  # an embedding table on the host stays there
-        return leaf if isinstance(leaf, np.ndarray) else jax.device_put(leaf, NamedSharding(mesh, spec))
+    def put_one(spec: P, leaf: Any) -> Any:  # an embedding table on the host stays there
+        return leaf if isinstance(leaf, np.ndarray) else move(leaf, NamedSharding(mesh, spec))
 
-    return _map_specs(move, specs, state)
+    return _map_specs(put_one, specs, state)
+
+
+def move(x: Any, where: NamedSharding) -> jax.Array:
+    """The array there. An array of this process alone must be the same in all processes; each takes its part of it."""
+    if where.is_fully_addressable:
+        return jax.device_put(x, where)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return x if x.sharding == where else jax.jit(lambda y: y, out_shardings=where)(x)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch, which all processes have, on the devices that need its parts."""
+    specs = batch_specs(batch)
+    return {name: move(array, NamedSharding(mesh, specs[name])) for name, array in batch.items()}
+
+
+def fetch(tree: Any, only: Sequence[str] | None = None) -> Any:
+    """The tree with arrays of several processes copied to the host, whole, in each; all processes must call it.
+
+    Args:
+      tree: a state of `CausalLM.split`.
+      only: names of leaves to fetch, such as "lora_a"; others stay as they are. None for all.
+    """
+
+    def copy(path: Any, x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or (only and _names(path)[-1] not in only):
+            return x
+        assert isinstance(x.sharding, NamedSharding)
+        return np.asarray(move(x, NamedSharding(x.sharding.mesh, P())))
+
+    return jax.tree_util.tree_map_with_path(copy, tree)
+
+
+def on_all(tree: Any, mesh: Mesh) -> Any:
+    """Traced arrays, whole on every device, so that every process can read them."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P())), tree)
 
 
 def put_beside(tree: Any, lora: Any, mesh: Mesh) -> Any:
     """The optimizer's state, every array of it where the trained leaf lies that its path and shape belong to."""
     specs = _specs_beside(tree, lora, mesh)
-    return _map_specs(lambda spec, x: jax.device_put(x, NamedSharding(mesh, spec)), specs, tree)
+    return _map_specs(lambda spec, x: move(x, NamedSharding(mesh, spec)), specs, tree)
 
 
 def hold_beside(tree: Any, lora: Any, mesh: Mesh) -> Any:

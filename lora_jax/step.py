@@ -18,7 +18,7 @@ from lora_jax.kernels.dispatch import default_platform
 from lora_jax.kernels.loss.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from lora_jax.plan import Workload, budget_of, choose, memory, of_step, scans_layers
 from lora_jax.remat import RematPlan
-from lora_jax.sharding import hold_beside, over_devices, row_shards
+from lora_jax.sharding import hold_beside, on_all, over_devices, row_shards
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -142,6 +142,7 @@ def train_step(
     lora = optax.apply_updates(lora, updates)  # pyright: ignore[reportAssignmentType]
     if mesh is not None:
         lora, opt_state = hold_beside(lora, lora, mesh), hold_beside(opt_state, lora, mesh)
+        metrics = on_all(metrics, mesh)
     return lora, opt_state, metrics
 
 
@@ -287,8 +288,8 @@ class PlannedStep:
             work = of_step(self._model, lora, opt_state, frozen, batch)
             work = dataclasses.replace(work, scan_layers=bool(self._scan_layers))
             if (mesh := self._model.mesh) is not None:  # what one device has of it
-                rows, length = work.batch // row_shards(mesh), work.length // mesh.shape["context"]
-                work = dataclasses.replace(work, batch=rows, length=length)
+                *_, rows, length = batch["input_ids"].shape
+                work = dataclasses.replace(work, batch=rows // row_shards(mesh), length=length // mesh.shape["context"])
             plan, self._compiled[shapes] = self._fit(work, (lora, opt_state, frozen, batch))
             self.plans[batch["input_ids"].shape] = plan
         return self._compiled[shapes]

@@ -3,6 +3,7 @@
 The loop itself is in `lora_jax.loop`. For one of your own use `make_train_step` and any optax optimizer.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -12,17 +13,19 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+from flax import nnx
 
 from lora_jax import checkpoint as ckpt
 from lora_jax.batches import BatchIterator, Example, eval_batches
 from lora_jax.config import Names, SFTConfig, resolve_names, say_once
+from lora_jax.distributed import agree, is_first, several, together
 from lora_jax.loop import Run, TrainerControl, TrainerState, TrainOutput
-from lora_jax.sharding import row_shards
+from lora_jax.sharding import fetch, put_batch, row_shards
 
 if TYPE_CHECKING:
     from lora_jax.model import CausalLM
@@ -97,6 +100,7 @@ class SFTTrainer:
                 "values. Give only processing_class."
             )
         self.args = _with_settings(args or SFTConfig(), of_args)
+        agree("SFTConfig", self.args.to_dict())
         self.model = _with_adapter(model, peft_config)
         self.mesh = getattr(self.model, "mesh", None)
         wanted = self.args.mesh if self.mesh is None or self.args.mesh != "auto" else None
@@ -107,6 +111,11 @@ class SFTTrainer:
                     "mesh. Use 'adamw_8bit' or 'adamw_torch'."
                 )
             self.mesh = self.model.shard(mesh).mesh
+        elif several():
+            raise ValueError(
+                'SFTTrainer: there are several processes and no mesh over their devices. Set mesh="auto", or sizes '
+                'such as mesh={"data": 2, "fsdp": 8}.'
+            )
         self._row_shards = row_shards(self.mesh)
         self.processing_class = processing_class if processing_class is not None else tokenizer
         self.callbacks: list[Any] = [c() if isinstance(c, type) else c for c in callbacks or ()]
@@ -165,7 +174,7 @@ class SFTTrainer:
         if self._eval_step is None:
             self._eval_step = self._make_eval_step()
         sums = [
-            self._eval_step(lora, frozen, self.model.with_embeddings(batch))
+            self._eval_step(lora, frozen, self._placed(self.model.with_embeddings(batch)))
             for batch in eval_batches(examples, self._eval_rows, max_length=self.max_length)
         ]
         sums = jax.device_get(sums)
@@ -181,6 +190,9 @@ class SFTTrainer:
         self._call("on_evaluate", metrics=metrics)
         self._note_best(metrics)
         return metrics
+
+    def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch if self.mesh is None else put_batch(batch, self.mesh)
 
     def _note_best(self, metrics: Mapping[str, float]) -> None:
         """After the callbacks, which compare with the best before, as Hugging Face does."""
@@ -205,13 +217,21 @@ class SFTTrainer:
             folder.mkdir(parents=True, exist_ok=True)
             self._write_adapter_into(folder, self.processing_class)
             return folder
-        path = Path(self.model.save_pretrained(Path(output_dir)))
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(path)
+        path = Path(output_dir)
+        with _adapter_here(self.model), together(f"saving the adapter in {path}"):
+            if is_first():
+                path = Path(self.model.save_pretrained(path))
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(path)
         return path
 
     def _write_adapter_into(self, folder: Path, tokenizer: Any = None) -> None:
         """The files of the adapter into a folder that holds others, each whole or not at all."""
+        with _adapter_here(self.model), together(f"saving the adapter in {folder}"):
+            if is_first():
+                self._write_adapter(folder, tokenizer)
+
+    def _write_adapter(self, folder: Path, tokenizer: Any) -> None:
         aside = folder / ".adapter.unfinished"
         shutil.rmtree(aside, ignore_errors=True)
         self.model.save_pretrained(aside)
@@ -413,6 +433,21 @@ class SFTTrainer:
                 **kwargs,
             )
             self.control = self.control if answer is None else answer
+
+
+@contextlib.contextmanager
+def _adapter_here(model: Any) -> Iterator[None]:
+    """While the block runs the adapter's arrays are on this host, whole, if they were spread over several processes."""
+    if not several():
+        yield
+        return
+    _, lora, frozen = model.split()
+    beside = fetch(frozen, only=("start_a", "start_b", "weight_norm"))  # what PiSSA and DoRA keep of the start
+    nnx.update(model.module, fetch(lora), beside)
+    try:
+        yield
+    finally:
+        nnx.update(model.module, lora, frozen)
 
 
 def _with_adapter(model: Any, peft_config: Any) -> Any:

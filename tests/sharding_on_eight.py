@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from lora_jax import sharding
+from lora_jax import scaling, sharding
 from lora_jax.auto import AutoModelForCausalLM
 from lora_jax.batches import Example, pack_batch, pad_batch
 from lora_jax.kernels.nf4.format import NF4Weight
@@ -31,6 +31,7 @@ from lora_jax.lora import add_adapters
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.linear import Linear
 from lora_jax.models.registry import config_from_hf
+from lora_jax.plan import of_config
 from lora_jax.step import make_eval_step, make_train_step
 from lora_jax.tools.collectives import Collective, collectives, wire_bytes
 from tests import tiny
@@ -126,16 +127,31 @@ def meshes(tmp: Path, config: dict[str, Any], which: list[dict[str, int]], **opt
         got = run(folder, mesh, "packed", **options)
         _, lora, frozen = got[4].split()
         total, here = held(frozen)
-        stats = got[3].memory_analysis()
+        stats, found = got[3].memory_analysis(), collectives(got[3].as_text())
         report(
             mesh=mesh,
             **compared(got, want),
-            collectives=summed(collectives(got[3].as_text())),
+            collectives=summed(found),
+            planned=planned(config, mesh),
+            received=wire_bytes(found),
             weights=total,
             weights_here=here,
             adapters_here=held(lora)[1],
             arguments=stats.argument_size_in_bytes,
         )
+
+
+def planned(config: dict[str, Any], mesh: dict[str, int]) -> dict[str, int] | None:
+    """What the planner says of such a step: bytes of weights, and received, on one device."""
+    if not set(mesh) <= {"data", "fsdp"}:
+        return None
+    sizes = {"data": 1, "fsdp": 1, **mesh}
+
+    def make(mesh: Any) -> Any:
+        return of_config(config, lora_jax.LoraConfig(r=4), 1, 64, mesh=mesh)
+
+    work, whole = make(scaling.abstract_mesh(sizes)), make(scaling.abstract_mesh({}))
+    return {"weights": work.weights, "received": scaling.wire(work, whole, sizes).total}
 
 
 def padded(tmp: Path) -> None:

@@ -1,12 +1,15 @@
-"""The command `lora-jax` on a tiny random Llama with SmolLM2's tokenizer: train, resume, generate, export, mistakes."""
+"""The command `lora-jax` on a tiny random Llama with SmolLM2's tokenizer: every command, its help, and mistakes."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -96,7 +99,7 @@ def finished(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_train_writes_a_whole_run(finished: Path, model: Path, data: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "metrics.jsonl"}
-    assert names >= {"loss_curve.png", "train_config.yaml", "checkpoint-2"}
+    assert names >= {"loss_curve.png", "train_config.yaml", "checkpoint-2", "run.json", "report.md"}
     assert not any(name.startswith(".") for name in names)
     adapter = json.loads((finished / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["base_model_name_or_path"]) == (4, 8, str(model))
@@ -106,6 +109,14 @@ def test_train_writes_a_whole_run(finished: Path, model: Path, data: Path) -> No
     settings = read_settings(finished / "train_config.yaml")
     assert settings["data"] == [str(data)]
     assert (settings["load_in_4bit"], settings["dtype"], settings["max_steps"]) == (True, "float32", 2)
+    report = (finished / "report.md").read_text()
+    assert f"| model | {model} |" in report
+    assert "r=4, lora_alpha=8" in report and "| steps | 2, " in report
+    losses = [json.loads(line)["loss"] for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert f"{losses[0]:.4f} at first, {losses[1]:.4f} at last" in report
+    assert "![loss](loss_curve.png)" in report and "- `adapter_model.safetensors`" in report
+    assert "- `checkpoint-2`" in report and "learning_rate: 0.01\n" in report and "finished |" in report
+    assert f"jax=={jax.__version__}\n" in report
 
 
 def test_resume_from_the_settings_of_a_run(finished: Path, tmp_path: Path) -> None:
@@ -164,11 +175,122 @@ def test_generate_streams_what_the_model_says(finished: Path, capsys: pytest.Cap
 def test_generate_puts_the_prompt_into_the_chat_template(smollm2: Path) -> None:
     from lora_jax.loading import load_tokenizer
 
-    ids = cli._prompt_ids(load_tokenizer(smollm2), "Two coffees", chat=True, system="Answer in JSON.")
+    said = [{"role": "system", "content": "Answer in JSON."}, {"role": "user", "content": "Two coffees"}]
+    ids = cli._prompt_ids(load_tokenizer(smollm2), said)
     assert load_tokenizer(smollm2).decode(ids) == (
         "<|im_start|>system\nAnswer in JSON.<|im_end|>\n"
         "<|im_start|>user\nTwo coffees<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_chat_remembers_what_was_said(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_jax import from_pretrained, generate_text
+
+    said = iter(["Two coffees", "", "Three teas", "/new", "Two coffees", "/quit", "never asked"])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    assert run("chat", finished, "--system", "Be short.", "--max-new-tokens", 5) == 0
+    hint, *shown = capsys.readouterr().out.splitlines()
+    assert "/new" in hint
+    model, tokenizer = from_pretrained(finished, dtype="float32", progress=False)
+    talk: list[dict[str, str]] = [{"role": "system", "content": "Be short."}]
+    answers = []
+    for text in ("Two coffees", "Three teas"):
+        talk.append({"role": "user", "content": text})
+        answers.append(generate_text(model, tokenizer, [talk], max_new_tokens=5)[0])
+        talk.append({"role": "assistant", "content": answers[-1]})
+    assert "\n".join(shown) == "\n".join([*answers, answers[0]])
+
+
+def test_chat_ends_with_the_input_and_refuses_what_is_too_long(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = iter(["many words " * 150])
+
+    def ask(_: str) -> str:
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    assert run("chat", finished, "--max-new-tokens", 5) == 0
+    assert "and the model no position left: /new begins another" in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_jax.model import CausalLM
+
+    def stopped(self, ids, *, streamer, **_):
+        streamer.put(np.asarray(ids[0]))
+        streamer.put(np.asarray(self.shown))
+        raise KeyboardInterrupt
+
+    said, prompts = iter(["One bun", "And tea", "/quit"]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    monkeypatch.setattr(CausalLM, "generate", stopped)
+    monkeypatch.setattr(CausalLM, "shown", [504], raising=False)  # a token of text
+    ids = cli._prompt_ids
+    monkeypatch.setattr(cli, "_prompt_ids", lambda tokenizer, asked: (prompts.append(asked), ids(tokenizer, asked))[1])
+    assert run("chat", finished) == 0
+    shown = capsys.readouterr().out.splitlines()[1]
+    assert shown
+    assert [message["content"] for message in prompts[1]] == ["One bun", shown, "And tea"]
+
+
+def test_bench_measures_steps(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ("--batch", 3, "--seq", 24, "--grad-accumulation", 2, "--steps", 3)
+    assert run("bench", model, *shape, "--r", 4, "--remat", "selective", "--dtype", "float32") == 0
+    shown = capsys.readouterr().out
+    assert "2 x 3 x 24 tokens" in shown and "median of 3" in shown and "backward   selective" in shown
+    ms = float(re.search(r"step +([\d.,]+) ms", shown)[1].replace(",", ""))
+    rate = float(re.search(r"speed +([\d,]+) tokens/s", shown)[1].replace(",", ""))
+    assert rate == pytest.approx(1e3 * 2 * 3 * 24 / ms, rel=0.05)  # both are rounded for people
+    assert run("bench", model, "--seq", 300) == 2
+    assert "max_seq_length=300 exceeds the 256 positions" in capsys.readouterr().err
+
+
+def test_memory_limit_comes_before_jax(
+    model: Path, data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lora_jax.memory_limit
+    import lora_jax.step
+
+    class Limited(Exception):
+        pass
+
+    def limit(value: str) -> None:
+        raise Limited(value)
+
+    monkeypatch.setattr(lora_jax.memory_limit, "limit_memory", limit)
+    monkeypatch.setattr(lora_jax.step, "use_compile_cache", lambda: pytest.fail("JAX was used before the limit"))
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {model}\ndata: {data}\nmemory_limit: 9GB\n")
+    for limit_in_file, *arguments in (
+        ("12GB", "train", model, "--data", data, "-o", tmp_path / "run", "--memory-limit", "12GB"),
+        ("9GB", "train", "--config", config),
+        ("12GB", "generate", finished, "--prompt", "x", "--memory-limit", "12GB"),
+        ("12GB", "chat", finished, "--memory-limit", "12GB"),
+        ("12GB", "export", finished, "--to", "peft", "--out", tmp_path / "out", "--memory-limit", "12GB"),
+        ("12GB", "bench", model, "--memory-limit", "12GB"),
+    ):
+        with pytest.raises(Limited, match=limit_in_file):
+            run(*arguments)
+
+
+def test_doctor_says_what_to_mend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import lora_jax.doctor
+    from lora_jax.doctor import Finding
+
+    findings = [Finding("GPU", "ok", "a card [x]"), Finding("CUDA", "wrong", "none", "pip install it")]
+    monkeypatch.setattr(lora_jax.doctor, "check", lambda kernels: iter(findings[: 1 + kernels]))
+    assert run("doctor", "--no-kernels") == 0
+    assert "ok GPU: a card [x]" in capsys.readouterr().out
+    assert run("doctor") == 1
+    assert "-> pip install it" in capsys.readouterr().out
 
 
 def test_export_in_every_format(
@@ -259,11 +381,13 @@ def test_mistakes_end_in_one_message(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("learning_rte: 1e-4", "did you mean 'learning_rate'"),
-        ("lora_alhpa: 4", "did you mean 'lora_alpha'"),
-        ("lr: 1e-4\nlearning_rate: 1e-3", "set twice"),
+        ("learning_rte: 1e-4", r"run.yaml, line 1: unknown setting 'learning_rte'; did you mean 'learning_rate'"),
+        ("r: 8\n# why\n\nlora_alhpa: 4", "run.yaml, line 4: .*did you mean 'lora_alpha'"),
+        ("lr: 1e-4\nr: 8\nlearning_rate: 1e-3", "run.yaml, lines 1 and 3: .*set twice"),
+        ("r: 8\nr: 16", "run.yaml, lines 1 and 2: .*set twice"),
         ("just words", "name: value"),
-        ("a: [1", "not valid YAML"),
+        ("r: 8\na: [1", "run.yaml, line 2: not valid YAML"),
+        ("r: 8\n\tlr: 1", "run.yaml, line 2: not valid YAML"),
     ],
 )
 def test_mistakes_in_yaml(content: str, said: str, tmp_path: Path) -> None:
@@ -274,13 +398,26 @@ def test_mistakes_in_yaml(content: str, said: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("packing: 3", "packing=3"), ("r: x", "whole number"), ("lora_dropout: x", "wrong type")]
+    ("content", "said"),
+    [
+        ("packing: 3", "line 2: SFTConfig: packing=3"),
+        ("r: x", "line 2: r is the rank"),
+        ("lora_dropout: x", "line 2: the adapter's settings"),
+        ("epochs: -1", "line 2: SFTConfig: got num_train_epochs=-1"),
+        ("scheduler: cosin\nseed: 1", "line 2: SFTConfig: got lr_scheduler_type='cosin'"),
+        ("warmup_steps: 5\nlr: 1\nwarmup_ratio: 0.1", "lines 2 and 4: SFTConfig: got warmup_steps=5"),
+        ("memory_limit: 1 egg", "line 2: memory_limit='1 egg': memory: got '1 egg'"),
+        (
+            "report_to: wandb",
+            "line 2: SFTConfig: report_to='wandb' needs the package wandb, not installed: pip install",
+        ),
+    ],
 )
 def test_wrong_values_in_yaml(
     content: str, said: str, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(f"{content}\noutput_dir: {tmp_path / 'run'}\n")
+    path.write_text(f"output_dir: {tmp_path / 'run'}\n{content}\n")
     assert run("train", model, "--data", data, "--config", path) == 2
     assert said in capsys.readouterr().err
 
@@ -307,13 +444,30 @@ def test_names_do_not_clash() -> None:
     assert set(LORA) == set(LoraConfig.__dataclass_fields__)
 
 
+COMMANDS = ("train", "chat", "generate", "export", "plan", "bench", "doctor", "data", "data preview")
+
+
+def test_there_is_no_other_command() -> None:
+    import typer.main
+
+    command: Any = typer.main.get_command(cli.app)
+    found = [name if name != "data" else "data preview" for name in command.commands]
+    assert {*found, "data"} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_a_screen(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run(*command.split(), "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_jax.lora import LoraConfig
 
-    monkeypatch.setenv("COLUMNS", "160")
-    assert run("--help") == 0
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("train", "generate", "export", "--version"))
+    monkeypatch.setenv("COLUMNS", "100")
     assert run("train", "--help") == 0
     text = capsys.readouterr().out
     defaults, lora = SFTConfig(), LoraConfig()
@@ -329,12 +483,23 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         "--dropout": lora.lora_dropout,
         "--output-dir": defaults.output_dir,
     }.items():
-        line = next(line for line in text.splitlines() if name in line and "│" in line)
+        line = next(line for line in text.splitlines() if name in line and "  " in line.strip())
         assert f"[default: {default}]" in line
     assert "lora-jax train --config run.yaml" in text
-    assert '{"prompt": "...", "completion": "..."}' in text
-    assert run("export", "--help") == 0
-    assert "gguf:q8_0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "--leaning-rate", "1"), "--learning-rate"),
+        (("bench", "x", "--btach", "1"), "--batch"),
+        (("genrate",), "Did you mean 'generate'"),
+        (("data", "previw"), "Did you mean 'preview'"),
+    ],
+)
+def test_a_typo_is_answered(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_unknown_name_near_nothing_lists_the_valid_ones():
         ({"lr_scheduler_type": "cosin"}, "wanted one of linear, .*Did you mean 'cosine'"),
         ({"optim": "adamw_troch"}, "Did you mean 'adamw_torch'"),
         ({"eval_strategy": "step"}, "Did you mean 'steps'"),
-        ({"report_to": "wandb"}, "report_to='wandb'.*pass a callback"),
+        ({"report_to": "mlflow"}, "report_to='mlflow'.*pass a callback"),
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "Give one"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "constant_with_warmup"),
         ({"eval_steps": 5}, "eval_strategy='steps'"),

@@ -117,7 +117,8 @@ def test_a_cache_in_8_bits(model):
     blocks = 2 / kept.block_of(model.config.head_dim)  # bytes of a scale for each element
     assert sizes[True] / sizes[False] == (1 + blocks) / module.dtype.itemsize
     error = np.linalg.norm(logits[True] - logits[False]) / np.linalg.norm(logits[False])
-    # Elements are off by up to 0.4 % of their block's largest, 0.7 % of their norm, in each layer; scores are exponents.
+    # Elements are off by up to 0.4 % of their block's largest, 0.7 % of their norm, in each layer; scores are
+    # exponents.
     assert 1e-5 < error < 0.03
     plain, rounded = (
         model.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[], cache_implementation=kind)

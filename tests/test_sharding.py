@@ -73,6 +73,9 @@ def check_meshes(results: list[dict[str, Any]]) -> None:
         # Adapters twice, for momentum, and the batch beside the weights: nothing else comes in.
         batch = 4 * 4 * TOKENS // np.prod([n for axis, n in mesh.items() if axis not in ("tensor",)])
         assert abs(result["arguments"] / (result["weights_here"] + 2 * result["adapters_here"] + batch) - 1) < 0.05
+        if (planned := result["planned"]) is not None:  # of the losses' counts, 8 bytes, it knows nothing
+            assert planned["weights"] == result["weights_here"]
+            assert planned["received"] == pytest.approx(result["received"], rel=0.001)
         tensor = mesh.get("tensor", 1)
         if "fsdp" in mesh:
             assert of_weights(found) == [["all-gather", "u8", mesh["fsdp"], GATHERS, 2 * LAYERS * PACKED // tensor]]

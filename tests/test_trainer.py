@@ -310,7 +310,12 @@ def test_metrics_log_history_and_curve(tmp_path: Path):
     assert logs[2]["learning_rate"] == records[3]["learning_rate"]
     assert logs[-1]["train_loss"] == output.training_loss == output.metrics["train_loss"]
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss_curve.png", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "loss_curve.png",
+        "metrics.jsonl",
+        "report.md",
+        "run.json",
+    ]
 
 
 def test_num_train_epochs_and_partial_batches(tmp_path: Path):

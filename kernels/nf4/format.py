@@ -29,6 +29,7 @@ __all__ = [
     "dynamic_map",
     "nested_code",
     "quantize",
+    "quantize_absmax",
     "select",
 ]
 
@@ -185,12 +186,20 @@ def quantize(w: jax.Array, double_quantize: bool = True) -> NF4Weight:
     packed = (codes[0::2] << 4 | codes[1::2]).astype(jnp.uint8).reshape(spec.packed.shape)
     if not double_quantize:
         return NF4Weight(packed, absmax.reshape(spec.absmax.shape))
-    offset = jnp.mean(absmax)
-    centred = _pad_to(absmax - offset, NESTED_BLOCK).reshape(-1, NESTED_BLOCK)
+    indices, *nested = quantize_absmax(absmax)
+    return NF4Weight(packed, indices.reshape(spec.absmax.shape), *nested)  # pyright: ignore[reportArgumentType]
+
+
+def quantize_absmax(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Quantises the float32 scales of one weight, of any shape: (`absmax`, `nested_*`) of an NF4Weight."""
+    # The barrier keeps XLA from summing where it computes the scales, in an order that depends on how.
+    flat = jax.lax.optimization_barrier(absmax.reshape(-1))
+    offset = jnp.mean(flat)
+    centred = _pad_to(flat - offset, NESTED_BLOCK).reshape(-1, NESTED_BLOCK)
     nested_absmax = jnp.max(jnp.abs(centred), axis=1)
     indices = _nearest(_scale_to_unit(centred, nested_absmax), nested_code())
-    indices = indices.reshape(-1)[: absmax.size].astype(jnp.uint8).reshape(spec.absmax.shape)
-    return NF4Weight(packed, indices, nested_absmax, offset, jnp.asarray(nested_code()))
+    indices = indices.reshape(-1)[: absmax.size].astype(jnp.uint8).reshape(absmax.shape)
+    return indices, nested_absmax, offset, jnp.asarray(nested_code())
 
 
 def dequantize(w: NF4Weight, dtype: DTypeLike) -> jax.Array:
