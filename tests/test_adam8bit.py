@@ -257,6 +257,7 @@ class Watch:
         self.arrays = {jax.tree_util.keystr(path): np.array(x) for path, x in named}
 
 
+@pytest.mark.rotate
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
 def test_a_resumed_run_ends_with_the_same_bits(optim: str, tmp_path: Path):
     folder = tiny.write_folder(tmp_path / "model", tokenizer=False)

@@ -103,7 +103,10 @@ def test_no_plan_changes_loss_or_gradients(adapted, exact):
         assert_equal_results(loss_and_gradients(adapted, plan), exact, exact=name != "groups of one")
 
 
-@pytest.mark.parametrize("plan", ["none", "full", "offload", MIXED["groups of one"]], ids=str)
+_PRESET = [pytest.param(name, marks=pytest.mark.rotate("presets")) for name in ("none", "full", "offload")]
+
+
+@pytest.mark.parametrize("plan", [*_PRESET, MIXED["groups of one"]], ids=str)
 def test_layers_written_out_give_the_same(quantized, plan):
     """One stack of them is cut by the last plan, and one layer has no adapter."""
     want = loss_and_gradients(quantized, "none")

@@ -197,9 +197,9 @@ def test_triton_in_the_interpreter(routing, shape, rank, base):
 @pytest.mark.parametrize(
     ("implementation", "routing", "dtype"),
     [
-        ("xla", "odd", jnp.float32),
-        ("triton", "odd", jnp.bfloat16),  # decoded before
-        ("triton", "rows left over", jnp.bfloat16),  # few rows: decoded in the loop
+        pytest.param("xla", "odd", jnp.float32, marks=pytest.mark.rotate("xla")),
+        pytest.param("triton", "odd", jnp.bfloat16, marks=pytest.mark.rotate("decoded before")),
+        pytest.param("triton", "rows left over", jnp.bfloat16, marks=pytest.mark.rotate("few rows: in the loop")),
     ],
 )
 @pytest.mark.parametrize("base", ["nf4", "nf4-double"])
