@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -568,7 +568,7 @@ def _choose(work: Workload, card: Card, budget: int, mlp_rows: int | None, form:
     layers = work.config.num_layers
     plans = []
     for names in _OFFLOADS:
-        if mlp_rows is not None and {"gate", "up"} & set(names):  # they exist in parts only
+        if not _whole(names, mlp_rows):
             continue
         for share in _SHARES if names else (1.0,):
             state = _state(layers, names, share)
@@ -586,8 +586,8 @@ _OFFLOADS = [
     ("input", "attention"),
     ("input", "gate"),
     ("attention", "gate"),
+    ("gate", "up"),
 ]
-_OFFLOADS += [("gate", "up")]
 _SHARES = (1.0, 0.75, 0.5, 0.25)  # of the layers that take part
 
 
@@ -601,6 +601,11 @@ def _state(layers: int, names: tuple[str, ...], share: float) -> list[dict[str, 
     rest = {name: action for name, action in first.items() if name == "thin" or (name == "input" != names[-1])}
     count = math.ceil(share * layers)
     return [first] * count + [rest] * (layers - count)
+
+
+def _whole(names: tuple[str, ...], mlp_rows: int | None) -> bool:
+    """Whether these tensors exist whole at some time: with `mlp_rows` gate and up are made in parts."""
+    return mlp_rows is None or not {"gate", "up"} & set(names)
 
 
 def _plan_of(state: list[dict[str, str]], mlp_rows: int | None) -> RematPlan:
@@ -631,8 +636,11 @@ def _filled(
         if form != "save_quantized" or any("offload" in actions.values() for actions in state):
             return None
         rounded = {**state[0], "input": form}
-        count = _first(range(1, layers + 1), lambda n: ok([rounded] * n + state[n:]))
-        return None if count is None else plan([rounded] * count + state[count:])
+        fewer = [rounded] * layers
+        if not ok(fewer):
+            return None
+        exact = _most(layers, lambda n: ok(fewer[n:] + state[layers - n :]))
+        return plan(fewer[exact:] + state[layers - exact :])
 
     def keeping(names, count) -> list[dict[str, str]]:
         more = {name: form if name in QUANTIZABLE else "save" for name in names}
@@ -641,7 +649,7 @@ def _filled(
     def held(state) -> int:
         return sum(memory(work, plan(state), card).kept.values())
 
-    bundles = [names for names in _BUNDLES if mlp_rows is None or not {"gate", "up"} & set(names)]
+    bundles = [names for names in _BUNDLES if _whole(names, mlp_rows)]
     if state[0].get("input") == "offload":  # to keep it costs memory, and spares copies
         bundles.append(("input",))
     while bundles:
@@ -672,10 +680,6 @@ def _most(high: int, condition: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if condition(middle) else (low, middle - 1)
     return low
-
-
-def _first(numbers: Iterable[int], condition: Callable[[int], bool]) -> int | None:
-    return next((n for n in numbers if condition(n)), None)
 
 
 def least(work: Workload, card: Card) -> RematPlan:

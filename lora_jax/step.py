@@ -206,7 +206,8 @@ def make_train_step(
         faster. The loss stays as it is, gradients are a little off.
       scan_layers: True for a loop over the layers in the compiled program, False to write them all out, which spares
         the copies into and out of the loop's arrays (5 to 7 % of an 8B step on an H100) and takes twice as long to
-        compile; None to write them out on a GPU unless there are many layers or tensors are offloaded.
+        compile; None to write them out on a GPU unless there are many layers, or parts of feed-forward
+        layers (`mlp_rows`).
       router_aux_loss_coef: coefficient of the loss that keeps experts evenly loaded, see `sum_of_losses`; None to leave
         it out.
 
