@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.kernels.nf4 import NF4Weight, dequantize
+from lora_jax.kernels.nf4 import NF4Weight
 from lora_jax.models.decoder import full_names
-from lora_jax.models.linear import Linear, layer_of, value
+from lora_jax.models.linear import Linear, decoded, value
 
 __all__ = ["FROM_WEIGHT", "check_kind", "dense", "from_weights", "norms_of_rows", "starts_in_weight"]
 
@@ -101,8 +101,7 @@ def from_weights(
 
 def dense(stored: jax.Array | NF4Weight, index: int | tuple[int, int] | None) -> jax.Array:
     """A weight, or one of a stack of them, float32 [N, K]."""
-    one = stored if index is None else layer_of(stored, index)
-    return _dequantize(one, jnp.float32) if isinstance(one, NF4Weight) else jnp.asarray(one, jnp.float32)
+    return jnp.asarray(decoded(stored, index), jnp.float32)
 
 
 def norms_of_rows(stored: jax.Array | NF4Weight, stack) -> jax.Array:
@@ -110,9 +109,6 @@ def norms_of_rows(stored: jax.Array | NF4Weight, stack) -> jax.Array:
     if stack is None:
         return _norms(dense(stored, None))
     return jnp.stack([_norms(dense(stored, index)) for index in range(stack.count)])
-
-
-_dequantize = jax.jit(dequantize, static_argnums=1)
 
 
 @jax.jit

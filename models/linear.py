@@ -18,12 +18,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lora_jax.kernels.loss import Head
+from lora_jax.kernels.nf4 import NF4Weight, dequantize
 from lora_jax.kernels.nf4.matmul import lora_matmul
 from lora_jax.kernels.nf4.shared_input import Projection, project
 from lora_jax.kernels.parallel import Shard, take_rows
 from lora_jax.kernels.rms_norm import branch_rms_norm, rms_norm
 
-__all__ = ["Embedding", "Linear", "RMSNorm", "factors", "layer_of", "set_layer", "value"]
+__all__ = ["Embedding", "Linear", "RMSNorm", "decoded", "factors", "layer_of", "set_layer", "value"]
 
 
 def value(variable: nnx.Variable | None) -> Any:
@@ -40,6 +41,15 @@ def layer_of(stack, index):
     for i in index if isinstance(index, tuple) else (index,):
         stack = jax.tree.map(lambda leaf, i=i: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), stack)
     return stack
+
+
+def decoded(stored: jax.Array | NF4Weight, index: int | tuple[int, int] | None) -> jax.Array:
+    """A weight [N, K], or entry `index` of a stack of them: as it is held, or float32 if that is NF4."""
+    one = stored if index is None else layer_of(stored, index)
+    return _dequantize(one, jnp.float32) if isinstance(one, NF4Weight) else one
+
+
+_dequantize = jax.jit(dequantize, static_argnums=1)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

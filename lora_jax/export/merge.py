@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.fused_experts import Part, assemble
 from lora_jax.hf_checkpoint import Checkpoint
-from lora_jax.kernels.nf4 import NF4Weight, dequantize
+from lora_jax.kernels.nf4 import NF4Weight
 from lora_jax.models.decoder import Slot
 from lora_jax.models.hf_config import further_layers
-from lora_jax.models.linear import Embedding, Linear, factors, layer_of, value
+from lora_jax.models.linear import Embedding, Linear, decoded, factors, value
 
 if TYPE_CHECKING:
     from lora_jax.model import CausalLM
@@ -157,8 +156,4 @@ def _in_blocks(stored: np.ndarray) -> Iterator[np.ndarray]:
 
 def _stored(stored: jax.Array | NF4Weight, index: int | tuple[int, int] | None) -> np.ndarray:
     """A weight, or one of a stack of them, on the host, as it is held or float32 if that is NF4."""
-    one = stored if index is None else layer_of(stored, index)
-    return np.asarray(_dequantize(one, jnp.float32) if isinstance(one, NF4Weight) else one)
-
-
-_dequantize = jax.jit(dequantize, static_argnums=1)
+    return np.asarray(decoded(stored, index))
