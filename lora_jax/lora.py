@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lora_jax.config import Names, explained, resolve_names, say_once
+from lora_jax.config import Names, did_you_mean, explained, resolve_names, say_once
 from lora_jax.kernels.nf4 import NF4Weight
 from lora_jax.lora_init import check_kind, from_weights, norms_of_rows, starts_in_weight
 from lora_jax.model import CausalLM
@@ -319,9 +319,10 @@ def for_decoder(decoder: Decoder, config: LoraConfig) -> LoraConfig:
     "lm_head" is called "embed_tokens" where these are one matrix. Where projections are fused, the names of all parts
     of one mean the whole.
     """
-    if decoder.config.fused_projections and isinstance(config.target_modules, tuple):
+    fused = {"gate_up_proj": decoder.config.fused_gate_up, "qkv_proj": decoder.config.fused_qkv}
+    if any(fused.values()) and isinstance(config.target_modules, tuple):
         targets = dict.fromkeys(config.target_modules)
-        for whole in sorted(set(_FUSED.values())):
+        for whole in (name for name, is_one in fused.items() if is_one):
             parts = [part for part, its in _FUSED.items() if its == whole]
             if set(parts) <= set(targets):
                 targets = {name: None for name in targets if name not in parts} | {whole: None}
@@ -525,7 +526,8 @@ def _matching(names: list[str], config: LoraConfig) -> set[str]:
         parts = {w: _FUSED[w] for w in unmatched if _FUSED.get(w) in known.split(", ")}
         hint = "".join(f"; {part} is a part of {whole} in this model" for part, whole in parts.items())
         which = ", ".join(map(repr, unmatched))
-        raise ValueError(f"target_modules: {which} matches no module; there are {known}{hint}")
+        near = did_you_mean(unmatched[0], known.split(", "))
+        raise ValueError(f"target_modules: {which} matches no module; there are {known}{hint}.{near}")
     if not chosen and not config.modules_to_save:
         raise ValueError("target_modules is empty: nothing would be trained")
     return chosen

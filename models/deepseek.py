@@ -73,7 +73,6 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
         plain_dim=required(hf, "qk_nope_head_dim"),
         rotated_dim=required(hf, "qk_rope_head_dim"),
         value_dim=required(hf, "v_head_dim"),
-        interleaved=bool(hf.get("rope_interleave", True)) if v3 else True,
     )
     head_dim = latent.plain_dim + latent.rotated_dim
     rope = rope_from_hf(hf)
@@ -85,6 +84,7 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
         {**hf, "num_key_value_heads": heads, "head_dim": head_dim},
         rope=rope,
         rotary_dim=latent.rotated_dim,
+        interleaved=bool(hf.get("rope_interleave", True)) if v3 else True,
         attention_scale=head_dim**-0.5 * sharper**2,
         mla=latent,
         moe=_moe(hf, v3),

@@ -10,6 +10,7 @@ __all__ = [
     "activation_from_hf",
     "decoder_config",
     "further_layers",
+    "partial_rotation",
     "refuse",
     "required",
     "rope_from_hf",
@@ -103,7 +104,7 @@ def rope_from_hf(hf: dict[str, Any]) -> RopeConfig:
     if unknown := sorted(name for name, value in parameters.items() if value is not None and name not in _ROPE_KNOWN):
         raise ValueError(f"config.json: {unknown[0]!r} of the rotation is not implemented; known are {_ROPE_KNOWN}")
     if (hf.get("partial_rotary_factor") or parameters.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ValueError("config.json: partial_rotary_factor is not implemented for this architecture, only for Phi-3")
+        raise ValueError("config.json: partial_rotary_factor is not implemented for this architecture")
     max_position = hf.get("max_position_embeddings", 2048)
     original = parameters.get("original_max_position_embeddings") or max_position
     given = {name: parameters[name] for name in _ROPE_NUMBERS if parameters.get(name) is not None}
@@ -146,6 +147,18 @@ def ropes_from_hf(hf: dict[str, Any], theta: float, local_theta: float) -> tuple
         rope_from_hf({**plain, "rope_theta": theta, "rope_parameters": both.get("full_attention")}),
         rope_from_hf({**plain, "rope_theta": local_theta, "rope_parameters": both.get("sliding_attention")}),
     )
+
+
+def partial_rotation(hf: dict[str, Any], default: float = 1.0) -> tuple[dict[str, Any], int]:
+    """config.json without the share of a head's features that are rotated, and how many these are.
+
+    `partial_rotary_factor` stands beside `rope_scaling` in hub files, in `rope_parameters` in those of transformers 5.
+    """
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    share = rope.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or default
+    head_dim = hf.get("head_dim") or required(hf, "hidden_size") // required(hf, "num_attention_heads")
+    hf = {name: value for name, value in hf.items() if name not in ("partial_rotary_factor", "rope_scaling")}
+    return {**hf, "rope_parameters": rope}, int(head_dim * share)
 
 
 def text_part(hf: dict[str, Any], *, tied: bool) -> tuple[dict[str, Any], str]:

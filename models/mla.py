@@ -5,10 +5,10 @@ that vector, and one that is rotated, whose key all heads share. Here keys and v
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -35,7 +35,6 @@ class LatentConfig:
     plain_dim: int  # of a head's query and key without position
     rotated_dim: int  # and with it
     value_dim: int  # of a head's value
-    interleaved: bool = True  # the two features of a rotation are neighbours, not half a head apart
 
 
 class LatentAttention(nnx.Module):
@@ -45,6 +44,7 @@ class LatentAttention(nnx.Module):
         latent = config.mla
         assert latent is not None
         self.latent, self.heads, self.scale = latent, config.num_heads, config.attention_scale
+        self.interleaved = config.interleaved
         d, heads, bias = config.hidden_size, config.num_heads, config.qkv_bias
         queries = heads * (latent.plain_dim + latent.rotated_dim)
         if (rank := latent.query_rank) is None:
@@ -71,17 +71,12 @@ class LatentAttention(nnx.Module):
         short, rotated_k = jnp.split(short, [self.latent.key_value_rank], axis=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(short), context.key(layer, 7)).reshape(b, t, self.heads, -1)
         plain_k, v = jnp.split(kv, [self.latent.plain_dim], axis=-1)
-        rotated_q = self._rotate(rotated_q, context)
-        rotated_k = jnp.broadcast_to(self._rotate(rotated_k[:, :, None], context), rotated_q.shape)
+        rotate = functools.partial(apply_rope, cos=context.cos, sin=context.sin, interleaved=self.interleaved)
+        rotated_q = rotate(rotated_q)
+        rotated_k = jnp.broadcast_to(rotate(rotated_k[:, :, None]), rotated_q.shape)
         q = named(jnp.concatenate([plain_q, rotated_q], axis=-1), "q")
         k = named(jnp.concatenate([plain_k, rotated_k], axis=-1), "k")
         k, v, cache = update_cache(k, named(v, "v"))
         start, offset = context.segment_start, context.query_offset
         out = flash_attention(q, k, v, segment_start=start, query_offset=offset, scale=self.scale)
         return self.o_proj(out.reshape(b, t, -1), context.key(layer, 3)), cache
-
-    def _rotate(self, x: jax.Array, context: "Context") -> jax.Array:
-        """x [B, T, heads, features]; interleaved features are put in halves first, which no score can tell."""
-        if self.latent.interleaved:
-            x = jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
-        return apply_rope(x, context.cos, context.sin)

@@ -6,7 +6,7 @@ Queries, keys and values are one matrix `qkv_proj`, gate and up one `gate_up_pro
 from typing import Any
 
 from lora_jax.models.decoder import DecoderConfig
-from lora_jax.models.hf_config import decoder_config, refuse, required, rope_from_hf, windows_from_hf
+from lora_jax.models.hf_config import decoder_config, partial_rotation, refuse, required, windows_from_hf
 
 __all__ = ["config_from_hf"]
 
@@ -26,14 +26,12 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     """Reads config.json; absent fields have the defaults of transformers' Phi3Config. Raises ValueError."""
     hf = {**DEFAULTS, **hf}
     refuse(hf, attention_bias=False, mlp_bias=False, lm_head_bias=False)
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    partial = rope.pop("partial_rotary_factor", None) or hf.pop("partial_rotary_factor", None) or 1.0
+    hf, rotary_dim = partial_rotation(hf)
+    rope = hf["rope_parameters"]
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     # Older files call longrope "su" or "yarn". The original context stands beside the dict and counts.
     rope["rope_type"] = "longrope" if kind in ("su", "yarn") else kind
     rope["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
-    head_dim = hf.get("head_dim") or required(hf, "hidden_size") // required(hf, "num_attention_heads")
-    rotary_dim = int(head_dim * partial)
     for name in ("short_factor", "long_factor"):
         if rope.get(name) is not None and len(rope[name]) != rotary_dim // 2:
             raise ValueError(
@@ -43,8 +41,8 @@ def config_from_hf(hf: dict[str, Any]) -> DecoderConfig:
     layers = required(hf, "num_hidden_layers")
     return decoder_config(
         hf,
-        fused_projections=True,
-        rope=rope_from_hf({**hf, "partial_rotary_factor": None, "rope_parameters": rope}),
+        fused_qkv=True,
+        fused_gate_up=True,
         rotary_dim=rotary_dim,
         windows=windows_from_hf({}, hf.get("sliding_window"), [True] * layers),
     )

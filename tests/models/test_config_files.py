@@ -35,12 +35,22 @@ def test_every_architecture_reads_a_small_file():
 
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "smollm3", "granite")
+DENSE += ("glm4", "exaone4", "seed_oss")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 8.0}
 
 
 @pytest.mark.parametrize(
-    "architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "Olmo2ForCausalLM", "SmolLM3ForCausalLM"]
+    "architecture",
+    [
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "Olmo2ForCausalLM",
+        "SmolLM3ForCausalLM",
+        "Glm4ForCausalLM",
+        "Exaone4ForCausalLM",
+        "SeedOssForCausalLM",
+    ],
 )
 def test_two_forms_of_one_rotation(architecture):
     hub = read(architecture, rope_theta=5e5, rope_scaling=YARN)
@@ -100,6 +110,14 @@ def test_forms_of_longrope():
     assert (new.rotary_dim, new.rope.long_factor) == (8, (3.0, 3.5, 4.0, 4.5))
 
 
+def test_forms_of_partial_rotation():
+    assert (read("Glm4ForCausalLM").rotary_dim, read("Glm4ForCausalLM").interleaved) == (8, True)
+    hub = read("Glm4ForCausalLM", partial_rotary_factor=0.75, rope_theta=5e5, rope_scaling=YARN)
+    new = {"rope_type": "yarn", "rope_theta": 5e5, "partial_rotary_factor": 0.75, **YARN}
+    assert read("Glm4ForCausalLM", rope_parameters=new) == hub
+    assert (hub.rotary_dim, hub.rope.kind, hub.rope.theta) == (12, "yarn", 5e5)
+
+
 # Layers
 
 
@@ -108,6 +126,10 @@ def test_windows():
     assert read("Gemma3ForCausalLM", sliding_window=7).windows == (7,) * 5 + (None,)
     assert read("Olmo3ForCausalLM", sliding_window=7).windows == (7, 7, 7, None, 7, 7)
     assert read("Phi3ForCausalLM", sliding_window=7).windows == (7,) * 6
+    exaone = read("Exaone4ForCausalLM", sliding_window=7)
+    assert (exaone.windows, exaone.nope_layers) == ((7, 7, 7, None, 7, 7), (3,))
+    exaone = read("Exaone4ForCausalLM", sliding_window=None, sliding_window_pattern=None)
+    assert (exaone.windows, exaone.nope_layers) == ((None,) * 6, ())
     named = ["full_attention"] * 5 + ["sliding_attention"]
     assert read("Gemma2ForCausalLM", sliding_window=7, layer_types=named).windows == (None,) * 5 + (7,)
     qwen = {"sliding_window": 7, "max_window_layers": 4}
@@ -175,6 +197,8 @@ def test_factors():
             "rope type 'longrope' needs a number 'short_factor'",
         ),
         ("Olmo2ForCausalLM", {"clip_qkv": 8.0}, "clip_qkv=8.0 is not implemented"),
+        ("Exaone4ForCausalLM", {"sliding_window_pattern": "LLLG"}, "'LLLG' must be a number, or layer_types be there"),
+        ("SeedOssForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not implemented for this"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "no_rope_layers names 2 layers, num_hidden_layers=6"),
         ("Qwen2ForCausalLM", {"hidden_act": "relu"}, "hidden_act is 'relu'; implemented are silu"),
     ],
@@ -193,6 +217,12 @@ def test_what_is_refused(architecture, changes, message):
         ("Qwen2ForCausalLM", {"self_attn.q_proj.bias", "mlp.gate_proj.weight", "self_attn.v_proj.bias"}),
         ("Qwen3ForCausalLM", {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}),
         ("Gemma2ForCausalLM", {"pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"}),
+        (
+            "Glm4ForCausalLM",
+            {"post_self_attn_layernorm.weight", "post_mlp_layernorm.weight", "mlp.gate_up_proj.weight"},
+        ),
+        ("Exaone4ForCausalLM", {"post_feedforward_layernorm.weight", "self_attn.q_norm.weight"}),
+        ("SeedOssForCausalLM", {"self_attn.v_proj.bias", "mlp.up_proj.weight"}),
         ("Phi3ForCausalLM", {"self_attn.qkv_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight"}),
         ("Olmo2ForCausalLM", {"post_attention_layernorm.weight", "self_attn.k_norm.weight"}),
     ],
@@ -200,7 +230,8 @@ def test_what_is_refused(architecture, changes, message):
 def test_names_of_tensors(architecture, want):
     slots = Decoder(read(architecture), jnp.float32).slots()
     assert {f"model.layers.5.{name}" for name in want} <= set(slots)
-    assert ("model.layers.5.input_layernorm.weight" in slots) == (architecture != "Olmo2ForCausalLM")
+    post_norms = ("Olmo2ForCausalLM", "Exaone4ForCausalLM")
+    assert ("model.layers.5.input_layernorm.weight" in slots) == (architecture not in post_norms)
     assert ("model.layers.5.self_attn.q_proj.weight" in slots) == (architecture != "Phi3ForCausalLM")
 
 

@@ -18,7 +18,7 @@ from lora_jax.step import sum_of_losses
 from tests import tiny
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3-image", "phi3", "olmo2", "olmo3", "smollm3"]
-FAMILIES += ["granite", "mistral", "mistral-image"]
+FAMILIES += ["granite", "mistral", "mistral-image", "glm4", "exaone4", "seed-oss", "llama-dynamic"]
 MOE_FAMILIES = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek-v2", "deepseek-v3"]  # by moe_families.py
 FAMILIES += MOE_FAMILIES
 BALANCED = [name for name in MOE_FAMILIES if "deepseek" not in name]  # those whose class has a loss that balances

@@ -84,6 +84,11 @@ def llama(rng: Rng) -> dict[str, Any]:
     return {**shape(rng, **biases), "rope_parameters": rope(rng, "default", "llama3", "linear", "yarn")}
 
 
+def llama_dynamic(rng: Rng) -> dict[str, Any]:
+    """With a rotation that changes with every token beyond the context, which prompts leave and generation does not."""
+    return {**shape(rng), "max_position_embeddings": 38, "rope_parameters": rope(rng, "dynamic")}
+
+
 def qwen2(rng: Rng) -> dict[str, Any]:
     """With biases; a window from some layer on, or for the layers named, or not at all."""
     config = shape(rng, rope_parameters=rope(rng, "default", "yarn"))
@@ -213,10 +218,41 @@ def granite(rng: Rng) -> dict[str, Any]:
     }
 
 
+def glm4(rng: Rng) -> dict[str, Any]:
+    """With half of each head rotated, or a share that is named, and mostly biases."""
+    config = shape(rng, head_dim=pick(rng, 16, 24, 32), attention_bias=pick(rng, True, True, False))
+    partial = pick(rng, {}, {"partial_rotary_factor": pick(rng, 0.25, 0.75, 1.0)})
+    return {**config, "rope_parameters": rope(rng, "default", "yarn", **partial)}
+
+
+def exaone4(rng: Rng) -> dict[str, Any]:
+    """With a window and no rotation elsewhere, by a period or in the layers named, or without windows."""
+    config = shape(rng, num_hidden_layers=pick(rng, 3, 4, 5), rope_parameters=rope(rng, "default", "llama3"))
+    layers = config["num_hidden_layers"]
+    named = [pick(rng, "sliding_attention", "full_attention") for _ in range(layers)]
+    return {
+        **config,
+        **pick(
+            rng,
+            {"sliding_window": 9, "sliding_window_pattern": pick(rng, 2, 3, 4)},
+            {"sliding_window": 9, "sliding_window_pattern": "LG", "layer_types": named},
+            {"sliding_window": None, "layer_types": ["full_attention"] * layers},
+        ),
+    }
+
+
+def seed_oss(rng: Rng) -> dict[str, Any]:
+    """With every combination of biases, and wide heads. Its dropout is for training alone and turned off."""
+    biases = {"attention_bias": pick(rng, True, True, False), "attention_out_bias": pick(rng, True, False)}
+    config = shape(rng, head_dim=pick(rng, 16, 24, 32), mlp_bias=pick(rng, True, False), **biases)
+    return {**config, "rope_parameters": rope(rng, "default", "yarn"), "residual_dropout": 0.0}
+
+
 # Name -> (class, configuration, names of the linear layers).
 IN_TEXT = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 FAMILIES: dict[str, tuple[str, Callable[[Rng], dict[str, Any]], list[str] | str]] = {
     "llama": ("LlamaForCausalLM", llama, LINEARS),
+    "llama-dynamic": ("LlamaForCausalLM", llama_dynamic, LINEARS),
     "qwen2": ("Qwen2ForCausalLM", qwen2, LINEARS),
     "qwen3": ("Qwen3ForCausalLM", qwen3, LINEARS),
     "gemma": ("GemmaForCausalLM", gemma, LINEARS),
@@ -228,6 +264,9 @@ FAMILIES: dict[str, tuple[str, Callable[[Rng], dict[str, Any]], list[str] | str]
     "olmo3": ("Olmo3ForCausalLM", olmo3, LINEARS),
     "smollm3": ("SmolLM3ForCausalLM", smollm3, LINEARS),
     "granite": ("GraniteForCausalLM", granite, LINEARS),
+    "glm4": ("Glm4ForCausalLM", glm4, [*LINEARS[:4], "gate_up_proj", "down_proj"]),
+    "exaone4": ("Exaone4ForCausalLM", exaone4, LINEARS),
+    "seed-oss": ("SeedOssForCausalLM", seed_oss, LINEARS),
     "mistral": ("MistralForCausalLM", mistral, LINEARS),
     "mistral-image": ("Mistral3ForConditionalGeneration", mistral_image, IN_TEXT),
 }
@@ -260,7 +299,10 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 
 def write_classic_config(folder: Path, given: dict[str, Any]) -> None:
-    """Rewrite config.json as hub files of transformers 4: rope_theta, rope_scaling, torch_dtype; fewer fields."""
+    """Rewrite config.json as hub files of transformers 4: rope_theta, rope_scaling, torch_dtype.
+
+    Biases that are as the class has them by default are left out.
+    """
     file = folder / "config.json"
     config = json.loads(file.read_text())
     config["torch_dtype"] = config.pop("dtype")
@@ -279,8 +321,9 @@ def write_classic_config(folder: Path, given: dict[str, Any]) -> None:
             text["sliding_window_pattern"] = text.pop("_sliding_window_pattern")
     if scaling.get("partial_rotary_factor"):
         text["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    default = transformers.AutoConfig.for_model(text["model_type"])
     for name in ("attention_bias", "mlp_bias"):
-        if text.get(name) is False:
+        if name in text and text[name] == getattr(default, name, None):
             del text[name]
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

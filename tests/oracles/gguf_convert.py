@@ -49,7 +49,7 @@ def convert(folder: Path, out: Path, file_type: str) -> None:
     """Write one file, as convert_hf_to_gguf.py does."""
     hparams = ModelBase.load_hparams(folder, False)
     model_class = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
-    if model_class.__name__ in ("GemmaModel", "Gemma2Model", "Phi3MiniModel"):
+    if model_class.__name__ in ("GemmaModel", "Gemma2Model", "Phi3MiniModel", "Glm4Model"):
         model_class.set_vocab = TextModel._set_vocab_gpt2
     model_class(folder, TYPES[file_type], out).write()
 

@@ -55,9 +55,10 @@ def main() -> None:
     parser.add_argument("inputs", type=Path, metavar="IN.json")
     parser.add_argument("outputs", type=Path, metavar="OUT.json")
     parser.add_argument("--adapter", type=Path, help="PEFT adapter folder")
+    parser.add_argument("--base-weights", type=Path, help="safetensors file that replaces base weights")
     args = parser.parse_args()
     request = json.loads(args.inputs.read_text())
-    model = load_causal_lm(args.model_dir, adapter=args.adapter)
+    model = load_causal_lm(args.model_dir, base_weights=args.base_weights, adapter=args.adapter)
     groups = [request["prompts"]] if request.get("batched") else [[p] for p in request["prompts"]]
     result: dict[str, list] = {"tokens": [], "margins": []}
     for group in groups:

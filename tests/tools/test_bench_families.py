@@ -1,0 +1,61 @@
+"""bench_families: what it counts, and that it makes and trains models of every kind, at tiny sizes."""
+
+import json
+import sys
+
+import pytest
+
+from lora_jax.models.registry import config_from_hf
+from lora_jax.tools import bench_families
+from lora_jax.tools.published import PUBLISHED
+
+TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "head_dim": 32,
+    "num_local_experts": 8,
+    "num_experts": 8,
+    "n_routed_experts": 8,
+    "kv_lora_rank": 64,
+}
+
+
+def tiny(name: str) -> dict:
+    hf, _ = PUBLISHED[name]
+    heads = 4 if "Deepseek" in hf["architectures"][0] else 2
+    fields = {k: v for k, v in hf.items() if k != "layer_types"}
+    return {**fields, **{k: v for k, v in TINY.items() if k in hf}, "num_key_value_heads": heads}
+
+
+def test_parameters_that_a_token_meets():
+    def of(name: str) -> int:
+        return bench_families.active_parameters(config_from_hf(PUBLISHED[name][0]))
+
+    embedding, norms = 128256 * 4096, 65 * 4096
+    assert of("Llama-3.1-8B") == PUBLISHED["Llama-3.1-8B"][1] - embedding - norms
+    # All less embedding, norms, routers and six of eight experts.
+    embedding, norms, routers, experts = 32000 * 4096, 65 * 4096, 32 * 8 * 4096, 32 * 6 * 3 * 4096 * 14336
+    assert of("Mixtral-8x7B") == PUBLISHED["Mixtral-8x7B"][1] - embedding - norms - routers - experts
+    assert all(name in PUBLISHED for name in bench_families.MODELS)
+
+
+@pytest.mark.slow  # 30 s to compile
+def test_models_of_every_kind_train(monkeypatch, tmp_path):
+    names = ["Llama-3.1-8B", "Qwen3-30B-A3B", "DeepSeek-V2-Lite", "gpt-oss-20b"]
+    for name in names:
+        monkeypatch.setitem(PUBLISHED, name, (tiny(name), 0))
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(
+        sys, "argv", ["bench", "--models", *names, "--case", "2x64", "--threads", "2", "--out", str(out)]
+    )
+    bench_families.main()
+    results = json.loads(out.read_text())["results"]
+    assert [result["model"] for result in results] == names
+    assert results[0]["share"] == 1
+    for result in results:
+        assert "error" not in result, result
+        assert result["losses"][-1] < result["losses"][0] and result["tokens_per_s"] > 0 and result["gib"] > 0
