@@ -125,8 +125,9 @@ def _with_plain_scales(w: NF4Weight, split: int) -> NF4Weight:
 
 
 def keep_all_but_gathered(layer: Callable) -> Callable:
-    """`jax.checkpoint` that keeps every value for backward but gathered weights, which are gathered again."""
-    return jax.checkpoint(layer, policy=lambda primitive, *_, **__: primitive.name != "all_gather", prevent_cse=False)
+    """`jax.checkpoint` that keeps every value for backward but weights that were gathered, or copied from the host."""
+    again = ("all_gather", "device_put", "slice", "dynamic_slice", "reshape", "broadcast_in_dim")  # and what that needs
+    return jax.checkpoint(layer, policy=lambda primitive, *_, **__: primitive.name not in again, prevent_cse=False)
 
 
 # ---- "tensor": heads and features are shared out, tokens are not ----------------------------------------------------

@@ -62,7 +62,6 @@ _NAMES = Names(
         "float8_kv_cache": ((False, None), "the key/value cache has the model's dtype"),
         "resize_model_vocab": ((None,), "the vocabulary stays as it is; get_chat_template adds no tokens"),
         "num_labels": ((None,), "only causal language models are trained"),
-        "offload_layers": ((None, False), "use offload_embedding=True, and gradient_checkpointing for activations"),
         "auto_model": ((None,), "use lora_jax.AutoModelForCausalLM"),
         "cache_dir": ((None,), _CACHE),
         "local_files_only": ((False, None), "set the environment variable HF_HUB_OFFLINE=1"),

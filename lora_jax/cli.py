@@ -121,6 +121,8 @@ _Temperature = Annotated[
 ]
 _TopK = Annotated[int, typer.Option("--top-k", help="Sample among the k likeliest tokens; 0 for all.")]
 _TopP = Annotated[float, typer.Option("--top-p", help="Sample among the likeliest that add up to p.")]
+_MinP = Annotated[float, typer.Option("--min-p", help="Sample among those p times as likely as the likeliest.")]
+_Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1: what was said becomes less likely.")]
 _Seed = Annotated[int, typer.Option("--seed", help="Of sampling.")]
 
 
@@ -199,6 +201,9 @@ def train(
     load_in_4bit: _FourBit = None,
     offload_embedding: Annotated[
         bool | None, _option("--offload-embedding", "Keep the embedding table in the host's memory.")
+    ] = None,
+    offload_layers: Annotated[
+        bool | None, _option("--offload-layers", "Keep the layers' 4-bit weights in the host's memory.")
     ] = None,
     dtype: _Dtype = None,
     report_to: Annotated[str | None, _option("--report-to", "tensorboard, wandb or trackio.", "none")] = None,
@@ -294,7 +299,7 @@ def _train(settings: dict[str, Any], file: Settings, launch: dict[str, Any]) -> 
         rows = load_rows(files_of(own["data"]))
         eval_rows = load_rows(files_of(own["eval_data"])) if own["eval_data"] else None
     base: Any = {"load_in_4bit": own["load_in_4bit"] is not False, "dtype": own["dtype"]}
-    base["offload_embedding"] = bool(own["offload_embedding"])
+    base |= {name: bool(own[name]) for name in ("offload_embedding", "offload_layers")}
     name = _absolute(own["model"])
     config = resolve_folder(name, only_config=True) / "config.json"
     if config.exists() and args.mesh is None:  # not so for an adapter; the account is of one device
@@ -354,6 +359,8 @@ def chat(
     temperature: _Temperature = 0.0,
     top_k: _TopK = 0,
     top_p: _TopP = 1.0,
+    min_p: _MinP = 0.0,
+    repetition_penalty: _Penalty = 1.0,
     seed: _Seed = 0,
     load_in_4bit: _FourBit = None,
     dtype: _Dtype = None,
@@ -368,7 +375,7 @@ def chat(
       lora-jax chat my-run
       lora-jax chat HuggingFaceTB/SmolLM2-135M-Instruct --system "Answer in one word."
     """
-    sampling = _sampling("chat", temperature, top_k, top_p, seed)
+    sampling = _sampling("chat", temperature, top_k, top_p, min_p, repetition_penalty, seed)
     _limit(memory_limit)
     model, tokenizer = _load(source, load_in_4bit, dtype)
     if not tokenizer.chat_template:
@@ -408,10 +415,13 @@ def generate(
         bool, typer.Option("--chat", help="The prompt is a user's message: use the chat template.")
     ] = False,
     system: _System = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End after this text; may be repeated.")] = None,
     max_new_tokens: _NewTokens = 256,
     temperature: _Temperature = 0.0,
     top_k: _TopK = 0,
     top_p: _TopP = 1.0,
+    min_p: _MinP = 0.0,
+    repetition_penalty: _Penalty = 1.0,
     seed: _Seed = 0,
     load_in_4bit: _FourBit = None,
     dtype: _Dtype = None,
@@ -428,7 +438,7 @@ def generate(
     """
     if system is not None and not chat:
         raise UsageError("generate: --system is part of a chat; add --chat")
-    sampling = _sampling("generate", temperature, top_k, top_p, seed)
+    sampling = _sampling("generate", temperature, top_k, top_p, min_p, repetition_penalty, seed)
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     _limit(memory_limit)
     model, tokenizer = _load(source, load_in_4bit, dtype)
@@ -436,16 +446,23 @@ def generate(
         raise UsageError("generate: the tokenizer has no chat template; leave out --chat to continue plain text")
     messages = [{"role": "system", "content": system}] if system is not None else []
     asked = [*messages, {"role": "user", "content": text}] if chat else text
-    _stream(model, tokenizer, _prompt_ids(tokenizer, asked), max_new_tokens=max_new_tokens, **sampling)
+    ids = _prompt_ids(tokenizer, asked)
+    _stream(model, tokenizer, ids, max_new_tokens=max_new_tokens, stop_strings=stop or None, **sampling)
 
 
-def _sampling(command: str, temperature: float, top_k: int, top_p: float, seed: int) -> dict[str, Any]:
+def _sampling(
+    command: str, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float, seed: int
+) -> dict[str, Any]:
     """The arguments of `generate` that these options ask for."""
+    options: dict[str, Any] = {"repetition_penalty": penalty}
     if temperature == 0:
-        if top_k or top_p != 1:
-            raise UsageError(f"{command}: --top-k and --top-p do nothing at temperature 0; add --temperature 0.8, say")
-        return {}
-    return {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        if top_k or top_p != 1 or min_p:
+            raise UsageError(
+                f"{command}: --top-k, --top-p and --min-p do nothing at temperature 0; add --temperature 0.8, say"
+            )
+        return options
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    return {**options, "do_sample": True, **sampling}
 
 
 def _prompt_ids(tokenizer: Any, prompt: str | list[dict[str, Any]]) -> list[int]:
@@ -470,8 +487,9 @@ def _stream(model: "CausalLM", tokenizer: Any, ids: list[int], **options: Any) -
     streamer: Any = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     # What an adapter was trained to end with may be another token than that of the model's files.
     ends = [*stop_ids(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    options |= {"streamer": streamer, "tokenizer": tokenizer, "eos_token_id": list(dict.fromkeys(ends))}
     try:
-        model.generate([ids], streamer=streamer, eos_token_id=list(dict.fromkeys(ends)), **options)
+        model.generate([ids], **options)
     except KeyboardInterrupt:
         streamer.end()
     return streamer.shown
@@ -496,6 +514,16 @@ def export(
         typer.Option(help="ORGANISATION/NAME to upload to; -KIND is added to several.", show_default=False),
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Repositories that are made are public.")] = False,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(help="llama-imatrix' file, for GGUF types of fewer than 8 bits.", show_default=False),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Split GGUF files that are larger: 5GB.", show_default=False)
+    ] = None,
+    quantize_on: Annotated[
+        str, typer.Option(help="Makes GGUF blocks: cpu (llama.cpp's bytes) or gpu (faster; few blocks differ).")
+    ] = "cpu",
     load_in_4bit: _FourBit = None,
     dtype: _Dtype = None,
     memory_limit: _Limit = None,
@@ -530,13 +558,17 @@ def export(
         raise UsageError(f"export: {error}") from None
     if merge_base not in ("dequantized", "original"):
         raise UsageError(f"export: --merge-base is {merge_base!r}; there are 'dequantized' and 'original'")
+    if imatrix is not None and not imatrix.is_file():
+        raise UsageError(f"export: --imatrix: {imatrix} is no file; make it with llama-imatrix")
     kinds = list(dict.fromkeys(target.kind for target in targets))
     for kind in kinds:
         if (out / kind).exists() and not overwrite:
             raise UsageError(f"export: {out / kind} exists; choose another --out, or replace it with --overwrite")
     _limit(memory_limit)
+    device = _device(quantize_on)
     model, tokenizer = _load(source, load_in_4bit, dtype)
-    write(model, tokenizer, targets, out, merge_base=merge_base, overwrite=overwrite, answers=answers)
+    options = {"imatrix": imatrix, "max_shard_size": max_shard_size, "device": device}
+    write(model, tokenizer, targets, out, merge_base=merge_base, overwrite=overwrite, answers=answers, **options)
     for kind in kinds:
         for path in sorted((out / kind).iterdir()):
             print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
@@ -548,6 +580,17 @@ def export(
             print(f"{out / kind} is at {push(out / kind, name, private=not public)}")
     if "ollama" in kinds:
         print(f"  try it:  ollama create my-model -f {out / 'ollama' / 'Modelfile'}")
+
+
+def _device(kind: str):
+    """The device that makes GGUF blocks; None for the CPU."""
+    if kind == "cpu":
+        return None
+    import jax
+
+    if kind != "gpu" or jax.default_backend() != "gpu":
+        raise UsageError(f"export: --quantize-on {kind}: wanted cpu, or gpu where JAX has one")
+    return jax.devices()[0]
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------
@@ -654,6 +697,9 @@ def plan(
     offload_embedding: Annotated[
         bool, typer.Option("--offload-embedding", help="The embedding table is kept in the host's memory.")
     ] = False,
+    offload_layers: Annotated[
+        bool, typer.Option("--offload-layers", help="The layers' 4-bit weights are kept there.")
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="bfloat16 or float32; the checkpoint's if left out.")
     ] = None,
@@ -689,6 +735,7 @@ def plan(
         dtype=dtype,
         optim=optim,
         offload_embedding=offload_embedding,
+        offload_layers=offload_layers,
     )
     what = f"{model} in {'NF4' if load_in_4bit else '16 bits'}, adapter of rank {rank}, {batch} x {seq} tokens"
     if gpu is not None:
@@ -738,8 +785,7 @@ def _print_meshes(what: str, make: "Callable[[Any], Workload]", gpus: str) -> No
     for link in (NVLINK, PCIE):
         best = min(fitting, key=lambda plan, link=link: sum(step_seconds(plan, link, host)))
         mesh = ",".join(f"{axis}={n}" for axis, n in best.devices.items() if n > 1)
-        rows = best.work.accumulation * best.work.tokens * count
-        slow, fast = (rows / t for t in reversed(step_seconds(best, link, host)))
+        slow, fast = (best.tokens / t for t in reversed(step_seconds(best, link, host)))
         console.print(
             f"Over {link.name}: --mesh {mesh}, {slow:,.0f} to {fast:,.0f} tokens/s, remat {best.plan}", markup=False
         )
@@ -830,6 +876,9 @@ def bench(
     offload_embedding: Annotated[
         bool, typer.Option("--offload-embedding", help="The embedding table is kept in the host's memory.")
     ] = False,
+    offload_layers: Annotated[
+        bool, typer.Option("--offload-layers", help="The layers' 4-bit weights are kept there.")
+    ] = False,
     dtype: _Dtype = None,
     memory_limit: _Limit = None,
 ) -> None:
@@ -851,7 +900,8 @@ def bench(
     from lora_jax.loading import from_pretrained
     from lora_jax.lora import get_peft_model
 
-    base: Any = {"load_in_4bit": load_in_4bit is not False, "dtype": dtype, "offload_embedding": offload_embedding}
+    base: Any = {"load_in_4bit": load_in_4bit is not False, "dtype": dtype}
+    base |= {"offload_embedding": offload_embedding, "offload_layers": offload_layers}
     loaded, _ = from_pretrained(_absolute(model), **base, max_seq_length=seq)
     if loaded.lora_config is None:
         get_peft_model(loaded, r=rank, verbose=False)

@@ -1,9 +1,11 @@
 """Loads a Hugging Face checkpoint into a model, tensor by tensor, quantised on the way to the device."""
 
+import dataclasses
 import functools
 import math
 import zlib
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,11 @@ from lora_jax.hf_checkpoint import Checkpoint, QuantState, read_json, resolve_fo
 from lora_jax.kernels.nf4 import NF4Weight, dequantize, quantize
 from lora_jax.kernels.nf4.format import CODE, quantize_absmax
 from lora_jax.model import CausalLM
-from lora_jax.models.decoder import Decoder, full_names
+from lora_jax.models.decoder import Decoder, Slot, full_names
 from lora_jax.models.hf_config import further_layers
 from lora_jax.models.linear import Linear, set_layer
-from lora_jax.models.moe import Router
 from lora_jax.models.registry import config_from_hf
+from lora_jax.models.streamed import Streamed, make_room, pin
 from lora_jax.reporting import console
 from lora_jax.sharding import check, make_mesh, move, shardings_of
 
@@ -43,6 +45,7 @@ def from_pretrained(
     dtype: DTypeLike | None = None,
     max_seq_length: int | None = None,
     offload_embedding: bool = False,
+    offload_layers: bool = False,
     mesh: str | Mapping[str, int] | Mesh | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -60,6 +63,8 @@ def from_pretrained(
         (float16 becomes bfloat16).
       max_seq_length: longest row that will be trained on; must not exceed what the model was made for.
       offload_embedding: keep the table of token embeddings in the host's memory; see `CausalLM.offload_embedding`.
+      offload_layers: keep the layers' NF4 weights in the host's memory, for models that are too large for the device
+        even so; see `CausalLM.offload_layers`.
       mesh: load straight into the memory of several devices: "auto", sizes such as {"fsdp": 8}, or a mesh; see
         `CausalLM.shard`. None for one device.
       revision: branch, tag or commit of a hub repository.
@@ -81,6 +86,7 @@ def from_pretrained(
         dtype=dtype,
         max_seq_length=max_seq_length,
         offload_embedding=offload_embedding,
+        offload_layers=offload_layers,
         mesh=mesh,
         revision=revision,
         token=token,
@@ -98,6 +104,7 @@ def load(
     dtype: DTypeLike | None,
     max_seq_length: int | None,
     offload_embedding: bool,
+    offload_layers: bool,
     mesh: str | Mapping[str, int] | Mesh | None,
     revision: str | None,
     token: str | bool | None,
@@ -121,6 +128,7 @@ def load(
             dtype=dtype,
             max_seq_length=max_seq_length,
             offload_embedding=offload_embedding,
+            offload_layers=offload_layers,
             mesh=mesh,
             revision=None,  # that of the adapter's repository
             token=token,
@@ -147,6 +155,11 @@ def load(
         raise ValueError(
             f"offload_embedding=True: the head of {folder} is its embedding table, which the loss needs on the device"
         )
+    if offload_layers and (mesh is not None or not load_in_4bit):
+        raise ValueError(
+            "offload_layers=True is for NF4 weights and one device: "
+            + ("leave out mesh, or offload_layers" if mesh is not None else "set load_in_4bit=True")
+        )
     tokenizer = load_tokenizer(folder) if with_tokenizer else None
     checkpoint = Checkpoint(folder)
     stored = hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16"
@@ -160,7 +173,8 @@ def load(
         agree("the model", {**how, "bytes": stored_bytes, "storage": str(nf4), "dtype": model_dtype.name})
     try:
         options: Any = {"nf4": nf4 or None, "dtype": model_dtype, "mesh": mesh, "progress": progress}
-        module = load_decoder(checkpoint, hf_config, offload_embedding=offload_embedding, **options)
+        options |= {"offload_embedding": offload_embedding, "offload_layers": offload_layers}
+        module = load_decoder(checkpoint, hf_config, **options)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -172,13 +186,42 @@ def load(
 
 
 def load_tokenizer(folder: Path):
-    """transformers' tokenizer of a model folder. Raises FileNotFoundError if the folder holds none."""
-    names = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
-    if not any((folder / name).exists() for name in names):
-        raise FileNotFoundError(f"{folder} holds no tokenizer ({', '.join(names)}); copy the tokenizer files beside it")
+    """transformers' fast tokenizer of a model folder.
+
+    Where there is no tokenizer.json it is made from tokenizer.model, which takes the package sentencepiece, or from
+    Mistral's tekken.json, which takes mistral-common; the latter then encodes as that package does, BOS first.
+
+    Raises:
+      FileNotFoundError: the folder holds none.
+      ImportError: the package that reads it is not installed.
+    """
+    names = ("tokenizer.json", "vocab.json", "tokenizer.model", "tekken.json")
+    kind = next((name for name in names if (folder / name).exists()), None)
+    if kind is None:
+        others = sorted(path.name for path in folder.glob("tokenizer.model.*"))
+        hint = f"; {others[0]} is to be called tokenizer.model" if others else "; copy the tokenizer files beside it"
+        raise FileNotFoundError(f"{folder} holds no tokenizer ({', '.join(names)}){hint}")
+    needs = {"tokenizer.model": ("sentencepiece",), "tekken.json": ("mistral_common",)}.get(kind, ())
+    if missing := [package.replace("_", "-") for package in needs if find_spec(package) is None]:
+        raise ImportError(
+            f"{folder} holds its tokenizer as {kind} only, which takes a package to read: pip install {missing[0]} "
+            "(or copy tokenizer.json from the model's Hugging Face folder beside it)"
+        )
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    if kind == "tekken.json":
+        from tokenizers.processors import TemplateProcessing
+        from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
+
+        tokenizer = convert_tekken_tokenizer(str(folder / kind))
+        bos = tokenizer.bos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+        return tokenizer
+    # Else transformers would take mistral-common's own class, which is not a fast tokenizer, where that is installed.
+    other = {"mistral_format": False} if (folder / "tekken.json").exists() else {}
+    return AutoTokenizer.from_pretrained(folder, **other)
 
 
 def load_decoder(
@@ -188,13 +231,14 @@ def load_decoder(
     nf4: str | None,
     dtype: DTypeLike,
     offload_embedding: bool = False,
+    offload_layers: bool = False,
     mesh: Mesh | None = None,
     progress: bool = True,
 ) -> Decoder:
     """Loads the weights. Peak host memory is one tensor; peak device memory is its part of the result and one tensor.
 
-    On a mesh every process reads the rows that its devices hold; of tensors that have to be decoded (FP8, MXFP4), and
-    of experts, all.
+    On a mesh every process reads the rows that its devices hold, and nothing of experts that others have. Of experts
+    that files hold transposed (gpt-oss in 16 bits) it reads whole matrices.
 
     Args:
       checkpoint: the files.
@@ -202,6 +246,7 @@ def load_decoder(
       nf4: None for weights in `dtype`, "nf4" for NF4 blocks, "nf4-double" for NF4 with quantised scales.
       dtype: of everything that is not quantised.
       offload_embedding: keep the embedding table in the host's memory.
+      offload_layers: keep the layers' NF4 weights there.
       mesh: of the devices that hold the weights; None for one.
       progress: show a progress bar.
 
@@ -225,26 +270,34 @@ def load_decoder(
         form = storage.get(f"{next(full_names(name, stack, module))[0]}.weight")
         if form is not None:
             module.weight.set_value(NF4Weight.abstract(module.weight.get_value().shape, form == "nf4-double"))
+    if offload_layers:
+        make_room(model)
     slots = model.slots()
-    for name in _track(list(slots), progress):
-        slot = slots[name]
+    for names in _track(_together(slots, mesh), progress):
+        name, slot = names[0], slots[names[0]]
         like = slot.variable.get_value()
         offloaded = offload_embedding and slot.owner is model.embed_tokens
         where = None if mesh is None or offloaded else shardings_of(name, like, mesh)
+        if slot.index is not None and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
+            like = _zeros(like, where)
         if where is None:
             new = _read(checkpoint, name, states[name], like)
+        elif isinstance(slot.index, tuple):
+            new = _read_experts(checkpoint, names, [states[one] for one in names], like, where)
         else:
-            new = _read_shares(checkpoint, name, states[name], like, _of_one(where, like, slot.index))
+            new = _read_shares(checkpoint, name, states[name], like, _of_one(where, 0 if slot.index is None else 1))
         if slot.index is None:
             slot.variable.set_value(new)
+        elif where is not None and isinstance(slot.index, tuple):
+            slot.variable.set_value(_expert_setter(tuple(jax.tree.leaves(where)))(like, new, slot.index))
         else:
-            if isinstance(jax.tree.leaves(like)[0], jax.ShapeDtypeStruct):
-                like = _zeros(like, where)
             slot.variable.set_value(set_layer(like, new, slot.index))
         if offloaded:
             model.embed_tokens.offload()
         # JAX works ahead of the device: without waiting, many tensors would be in memory at once.
         jax.block_until_ready(slot.variable.get_value())
+    if offload_layers:
+        pin(model)
     return model
 
 
@@ -252,9 +305,7 @@ def _choose_storage(model: Decoder, states: dict[str, QuantState | None], nf4: s
     """How each linear weight of the blocks will be held: None (in 16 bits), "nf4" or "nf4-double"."""
     prequantized = any(state is not None for state in states.values())
     storage = {}
-    for name, stack, module in model.named_modules():
-        if stack is None or not isinstance(module, Linear) or isinstance(module, Router):
-            continue
+    for name, stack, module in model.block_linears():
         for full, _ in full_names(name, stack, module):
             weight = f"{full}.weight"
             if nf4 is None or not prequantized:
@@ -364,14 +415,73 @@ def _read_nf4(checkpoint: Checkpoint, name: str, state: QuantState, where: Any =
     return NF4Weight(packed, absmax, nested, offset if where is None else move(offset, where.nested_offset), code)
 
 
-def _of_one(where, like, index):
-    """Where one entry of a stack lies, whose arrays lie `where`."""
-    leading = 0 if index is None else len(index) if isinstance(index, tuple) else 1
+def _of_one(where, leading: int, mesh: Mesh | None = None):
+    """Where one entry of a stack with so many leading axes lies, whose arrays lie `where`; on another mesh if given."""
+    return jax.tree.map(lambda place: NamedSharding(mesh or place.mesh, PartitionSpec(*place.spec[leading:])), where)
 
-    def cut(place: NamedSharding) -> NamedSharding:
-        return NamedSharding(place.mesh, PartitionSpec(*place.spec[leading:]))
 
-    return jax.tree.map(cut, where) if isinstance(like, NF4Weight) else cut(where)
+def _together(slots: Mapping[str, Slot], mesh: Mesh | None) -> list[list[str]]:
+    """Names of the tensors in the order they are loaded in, those together that devices along "expert" load at a time.
+
+    Of a layer's experts each device has a row of neighbours: the first of each row are loaded together, then the
+    second, and so on.
+    """
+    shares = 1 if mesh is None else mesh.shape["expert"]
+    groups: dict[Any, list[str]] = {}
+    for name, slot in slots.items():
+        of_layer = isinstance(slot.index, tuple) and (id(slot.owner), slot.attribute, slot.index[0])
+        groups.setdefault(of_layer or name, []).append(name)
+    found = []
+    for names in groups.values():
+        each = max(1, len(names) // shares)  # experts of a device
+        found += [names[i::each] for i in range(each)]
+    return found
+
+
+def _read_experts(
+    checkpoint: Checkpoint, names: list[str], states: list[QuantState | None], like, where
+) -> jax.Array | NF4Weight:
+    """One tensor of an expert of each device along "expert", stacked in their order, in the form of `like`.
+
+    Only devices of that place along "expert" read and quantise a tensor: for all that is done they are a mesh.
+    """
+    places, structure = jax.tree.flatten(where)
+    mesh = places[0].mesh
+    axis, here = mesh.axis_names.index("expert"), set(jax.local_devices())
+    shards: list[list[jax.Array]] = [[] for _ in places]
+    for number, (name, state) in enumerate(zip(names, states, strict=True)):
+        devices = mesh.devices.take([number], axis)
+        if not here & set(devices.flat):
+            continue
+        own = Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+        leaves = jax.tree.leaves(_read_shares(checkpoint, name, state, like, _of_one(where, 2, own)))
+        for all_shards, leaf in zip(shards, leaves, strict=True):
+            all_shards += [shard.data[None] for shard in leaf.addressable_shards]
+    stacked = [
+        jax.make_array_from_single_device_arrays(
+            (len(names), *leaf.shape[2:]), NamedSharding(mesh, PartitionSpec(*place.spec[1:])), own
+        )
+        for leaf, place, own in zip(jax.tree.leaves(like), places, shards, strict=True)
+    ]
+    return jax.tree.unflatten(structure, stacked)
+
+
+@functools.cache
+def _expert_setter(where: tuple[NamedSharding, ...]):
+    """f(stack, what `_read_experts` gives, (layer, expert on each device)): the stack with these in it, in place."""
+    mesh, specs = where[0].mesh, [place.spec for place in where]
+
+    def on_one_device(leaves, new, index):
+        return [leaf.at[index].set(n[0].astype(leaf.dtype)) for leaf, n in zip(leaves, new, strict=True)]
+
+    of_new, whole = [PartitionSpec(*spec[1:]) for spec in specs], PartitionSpec()
+    mapped = jax.shard_map(on_one_device, mesh=mesh, in_specs=(specs, of_new, whole), out_specs=specs, check_vma=False)
+
+    def put(stack, new, index):
+        leaves, structure = jax.tree.flatten(stack)
+        return jax.tree.unflatten(structure, mapped(leaves, jax.tree.leaves(new), index))
+
+    return jax.jit(put, donate_argnums=0)
 
 
 def _read_shares(checkpoint: Checkpoint, name: str, state: QuantState | None, like, where) -> jax.Array | NF4Weight:
@@ -437,6 +547,8 @@ def _nested_quantizer(mesh: Mesh, where: tuple[NamedSharding, ...]):
 
 def _zeros(like, shardings):
     """Zeros in place of `jax.ShapeDtypeStruct`s, made where they shall lie."""
+    if isinstance(like, NF4Weight) and isinstance(codes := like.packed, Streamed):
+        return dataclasses.replace(_zeros(dataclasses.replace(like, packed=()), shardings), packed=codes)
     if shardings is None:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
     return jax.tree.map(
@@ -447,7 +559,7 @@ def _zeros(like, shardings):
 _quantize = jax.jit(quantize, static_argnums=1)
 
 
-def _track(names: list[str], show: bool):
+def _track(names: list[list[str]], show: bool):
     from rich.progress import track
 
     return track(names, "Loading weights", disable=not show or not is_first(), console=console)

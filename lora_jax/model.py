@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lora_jax.models.decoder import Decoder, DecoderConfig
+from lora_jax.models.streamed import Streamed, offload
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -47,6 +48,16 @@ class CausalLM:
         """The architecture."""
         return self.module.config
 
+    @property
+    def streams_layers(self) -> bool:
+        """Whether the layers' weights lie in the host's memory; see `offload_layers`."""
+        return bool(self.streamed_codes())
+
+    def streamed_codes(self) -> list[Streamed]:
+        """Those of the layers' weights that lie in the host's memory."""
+        weights = [part.weight.get_value() for _, _, part in self.module.block_linears()]
+        return [codes for weight in weights if isinstance(codes := getattr(weight, "packed", None), Streamed)]
+
     def split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         """(graph, trained leaves, frozen leaves); `nnx.merge(graph, lora, frozen)` is the module again."""
         graph, lora, frozen = nnx.split(self.module, nnx.LoRAParam, ...)
@@ -64,10 +75,12 @@ class CausalLM:
 
         Raises:
           ValueError: sizes that do not fit the number of devices, or do not divide the model.
-          NotImplementedError: the model cannot be divided along such an axis.
+          NotImplementedError: the model cannot be divided along such an axis, or its layers are in the host's memory.
         """
         from lora_jax.sharding import make_mesh, place
 
+        if self.streams_layers:
+            raise NotImplementedError("the model's layers are in the host's memory: load it without offload_layers")
         stored = sum(leaf.nbytes for leaf in jax.tree.leaves(self.split()[2]))
         mesh = make_mesh(mesh, model_bytes=stored)
         place(self, mesh)
@@ -95,6 +108,20 @@ class CausalLM:
                 "the device; leave it there"
             )
         self.module.embed_tokens.offload()
+
+    def offload_layers(self) -> None:
+        """Keeps the linear layers' weights in the host's memory, for models that do not fit the device even in NF4.
+
+        Of a layer they are copied to the device when it needs them, forward and again backward, while the layer before
+        is at work: with long rows that costs little, in generation every token waits for all of them.
+
+        Raises:
+          ValueError: the backend has no pinned host memory.
+          NotImplementedError: the model is shared out over several devices.
+        """
+        if self.mesh is not None:
+            raise NotImplementedError("offload_layers: the model is shared out over several devices; share it out more")
+        offload(self.module)
 
     def with_embeddings(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with "inputs_embeds" [..., D] for its "input_ids" [...], if the embedding table is offloaded.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_jax.cards import GIB, HOST_LIMIT, Card, parse_bytes, this_card
 from lora_jax.kernels.kept import quantized_bytes
+from lora_jax.lora_init import starts_in_weight
 from lora_jax.remat import ALL, NAMES, QUANTIZABLE, RematPlan
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ class Workload:
     nf4: bool = True  # weights are decoded for every use
     offload_embedding: bool = False  # the embedding table is not on the device, but its rows for the tokens are
     scan_layers: bool = False  # layers are a loop also where a plan would let them be written out
+    streamed: int = 0  # bytes of the layers' weights that the host's memory holds, and the device a layer's at a time
+    row_devices: int = 1  # that share out a row, of which `length` tokens are here, and its heads in attention
+    dora: bool = False  # outputs are scaled by DoRA's gains, and feed-forward layers are no single operation
+    whole_logits: bool = False  # a loss of one's own: logits of all tokens of a micro-batch at once
 
     @property
     def tokens(self) -> int:
@@ -147,13 +152,15 @@ def of_step(model: "CausalLM", lora: Any, opt_state: Any, frozen: Any, batch: di
         weights=_bytes(frozen),
         adapters=_bytes(lora),
         optimizer=_bytes(opt_state),
-        rank=model.lora_config.r,
+        rank=_rank(model.lora_config),
+        dora=model.lora_config.use_dora,
         batch=rows,
         length=length,
         accumulation=accumulation,
         itemsize=model.module.dtype.itemsize,
         nf4=any(isinstance(leaf, NF4Weight) for leaf in weights),
         offload_embedding="inputs_embeds" in batch,
+        streamed=sum(codes.nbytes for codes in model.streamed_codes()),
     )
 
 
@@ -168,6 +175,7 @@ def of_config(
     dtype: str | None = None,
     optim: str = "adamw_torch",
     offload_embedding: bool = False,
+    offload_layers: bool = False,
     mesh: Any = None,
 ) -> Workload:
     """The step of a model of which only config.json is known; arguments as those of `from_pretrained` and `SFTConfig`.
@@ -187,8 +195,6 @@ def of_config(
     from lora_jax.lora import adapter_shapes, for_decoder
     from lora_jax.model import CausalLM
     from lora_jax.models.decoder import Decoder
-    from lora_jax.models.linear import Linear
-    from lora_jax.models.moe import Router
     from lora_jax.models.registry import config_from_hf
     from lora_jax.optim import make_optimizer
     from lora_jax.sharding import bytes_here, share_of_adapters
@@ -197,15 +203,20 @@ def of_config(
     config = config_from_hf(hf_config)
     stored = str(dtype or hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")
     module = Decoder(config, np.dtype(jnp.float32 if stored.endswith("float32") else jnp.bfloat16))
-    for _, stack, part in module.named_modules():
-        if load_in_4bit and stack is not None and isinstance(part, Linear) and not isinstance(part, Router):
-            part.weight.set_value(NF4Weight.abstract(part.weight.get_value().shape, True))
+    for _, _, part in module.block_linears() if load_in_4bit else ():
+        part.weight.set_value(NF4Weight.abstract(part.weight.get_value().shape, True))
     model = CausalLM(module, hf_config=hf_config, source=Path())
     lora_config = for_decoder(module, lora_config)
     shapes = {name: (k, lora_config.rank_of(name), n) for name, (k, n) in adapter_shapes(model, lora_config).items()}
     trained = [(k, r) for k, r, _ in shapes.values()] + [(r, n) for _, r, n in shapes.values()]
     vocabulary = (config.vocab_size, config.hidden_size)
     trained += [vocabulary for name in lora_config.modules_to_save if name in ("embed_tokens", "lm_head")]
+    beside: list[tuple[int, ...]] = []  # frozen, in float32: what DoRA and PiSSA keep of the start
+    if lora_config.use_dora:
+        norms = [(n,) for _, _, n in shapes.values()]
+        trained, beside = trained + norms, beside + norms
+    if starts_in_weight(lora_config.start):
+        beside += [side for k, r, n in shapes.values() for side in ((k, r), (r, n))]
     lora = [jax.ShapeDtypeStruct(shape, np.float32) for shape in trained]
     state = jax.eval_shape(make_optimizer(args, 1)[0].init, lora)
     frozen, share = model.split()[2], 1.0
@@ -214,19 +225,32 @@ def of_config(
         weights, share = bytes_here(frozen, mesh), share_of_adapters(shapes, mesh)
     offload_embedding = offload_embedding and not config.tie_embeddings
     table = math.prod(vocabulary) * module.dtype.itemsize
+    streamed = sum(_bytes(_big(part.weight.get_value())) for _, _, part in module.block_linears()) * offload_layers
     return Workload(
         config=config,
-        weights=weights - offload_embedding * table,
+        weights=weights + int(share * 4 * sum(map(math.prod, beside))) - offload_embedding * table - streamed,
         adapters=int(share * _bytes(lora)),
         optimizer=0 if args.optim_is_paged else int(share * _bytes(state)),
-        rank=lora_config.r,
+        rank=_rank(lora_config),
+        dora=lora_config.use_dora,
         batch=batch,
         length=length,
         accumulation=accumulation,
         itemsize=module.dtype.itemsize,
         nf4=load_in_4bit,
         offload_embedding=offload_embedding,
+        streamed=streamed,
     )
+
+
+def _rank(config: "LoraConfig") -> int:
+    """Of the factors that the layers multiply by: where a start is subtracted it stands beside A and B."""
+    return config.r * (2 if starts_in_weight(config.start) else 1)
+
+
+def _big(stored: Any) -> Any:
+    """What of a weight is streamed; see `lora_jax.models.linear.to_host`."""
+    return getattr(stored, "packed", stored)
 
 
 def _bytes(tree: Any) -> int:
@@ -255,8 +279,9 @@ def _local_shape(leaf: Any) -> tuple[int, ...]:
 # Bytes that the program for a step needs beside what its formula names, counted in compiled programs: in backward,
 # [M, F] arrays (less gate and up where they are kept: their gradients take their place), [M, D] arrays and decoded
 # weights [F, D] that live at once, and copies of the trained leaves in another layout. The pairs: layers written out,
-# layers in a loop. Where layers are written out, what is not computed again does not need its part.
-_MLP_ARRAYS = 3.2
+# layers in a loop. Where layers are written out, what is not computed again does not need its part. DoRA's gains, whose
+# gradients need what they scale, come with further [M, F] arrays.
+_MLP_ARRAYS, _MORE_WITH_DORA = 3.2, 4.0
 _HIDDEN_ARRAYS, _DECODED, _LAYOUTS = (6.25, 6.0), (2.65, 3.0), (0.0, 1.0)
 _LEAST_HIDDEN_ARRAYS, _LEAST_DECODED = 2.0, 1.0
 _DECODED_EXPERTS, _LEAST_DECODED_EXPERTS = 3.0, 1.4
@@ -304,7 +329,7 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         if ALL in actions:  # the norms' results and the like
             unnamed += count * (3 if looped else 1) * rows * w.hidden * a
             unnamed += 0 if looped or not work.nf4 else count * a * _kept_weights(w)
-        here = a * _mlp_arrays(actions) * _rows_at_once(work, plan, actions) * w.mlp
+        here = a * (_mlp_arrays(actions) + _MORE_WITH_DORA * work.dora) * _rows_at_once(work, plan, actions) * w.mlp
         hidden, decoded, least = _HIDDEN_ARRAYS[looped], _DECODED[looped], _LEAST_DECODED
         if w.experts > 1:
             decoded, least = _DECODED_EXPERTS, _LEAST_DECODED_EXPERTS
@@ -314,6 +339,7 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
             decoded = least + missing * (decoded - least)
         here += a * (hidden * rows * w.hidden + decoded * w.experts * w.hidden * w.mlp)
         # While one layer's tensors are in use, those of the next are on their way.
+        here += _streamed(work, w) * (1 if looped else 2)
         workspace = max(workspace, here + (0 if looped else moved))
     gradients = 1 + (work.accumulation > 1) + _LAYOUTS[looped] + (len(groups) > 1)
     loss = _loss_bytes(work, card) + work.adapters * _LAYOUTS[looped]
@@ -326,8 +352,24 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         kept={name: size for name, size in {**kept, "unnamed": unnamed}.items() if size},
         loss=int(loss),
         backward=int(gradients * work.adapters + workspace),
-        host=host,
+        host=host + work.streamed,
     )
+
+
+def _streamed(work: Workload, w: Widths) -> float:
+    """Bytes of a layer's weights that are copied to the device when it needs them."""
+    if not work.streamed:
+        return 0.0
+    return (
+        work.streamed
+        * _weights_of(w)
+        / sum(_weights_of(layer_widths(work.config, i)) for i in range(work.config.num_layers))
+    )
+
+
+def _weights_of(w: Widths) -> int:
+    """Weights of a layer's linear layers."""
+    return w.qkv + w.hidden * w.attention + 3 * w.experts * w.hidden * w.mlp
 
 
 def _mlp_arrays(actions: dict[str, str]) -> float:
@@ -345,7 +387,7 @@ def _rows_at_once(work: Workload, plan: RematPlan, actions: dict[str, str]) -> i
 
 def _looped(work: Workload, plan: RematPlan) -> bool:
     """Whether a step on a GPU loops over its layers; see `scans_layers`."""
-    return work.scan_layers or _must_loop(plan, work.config.num_layers)
+    return work.scan_layers or _must_loop(plan, work.config.num_layers, work.streamed > 0)
 
 
 def _kept_weights(w: Widths) -> int:
@@ -353,7 +395,7 @@ def _kept_weights(w: Widths) -> int:
 
     Where layers are written out, the compiler sees that backward decodes weights as forward did, and does it once.
     """
-    return w.qkv + w.hidden * w.attention + 3 * w.experts * w.hidden * w.mlp
+    return _weights_of(w)
 
 
 def _by_kind(c: "DecoderConfig", groups: list[tuple[int, dict[str, str]]]) -> Iterator[tuple[int, int, dict[str, str]]]:
@@ -377,6 +419,8 @@ def _loss_bytes(work: Workload, card: Card) -> int:
     """Logits of one chunk of rows, and their gradient where it does not lie in the same place."""
     from lora_jax.kernels.loss.linear_cross_entropy import chunk_rows
 
+    if work.whole_logits:  # logits, what a loss makes of them, their gradient in float32 and as the matmul takes it
+        return work.tokens * work.config.vocab_size * (3 * 4 + work.itemsize)
     size = 2 if card.hopper and work.itemsize == 2 else 4
     rows = min(chunk_rows(work.config.vocab_size, size), work.tokens)
     return rows * work.config.vocab_size * (size if size == 2 else size + work.itemsize)
@@ -395,18 +439,19 @@ _BUNDLES = {
 }
 
 
-def scans_layers(plan: RematPlan, num_layers: int) -> bool:
+def scans_layers(plan: RematPlan, num_layers: int, streamed: bool = False) -> bool:
     """Whether a step loops over its layers if nobody says: a loop compiles sooner, written out they run faster.
 
-    With feed-forward layers in parts, which is for those who have no memory to spare, a loop takes less of it.
+    With feed-forward layers in parts, which is for those who have no memory to spare, a loop takes less of it. In a
+    loop weights that are `streamed` from the host would be waited for.
     """
     from lora_jax.kernels.dispatch import default_platform
 
-    return default_platform() != "gpu" or _must_loop(plan, num_layers)
+    return default_platform() != "gpu" or _must_loop(plan, num_layers, streamed)
 
 
-def _must_loop(plan: RematPlan, num_layers: int) -> bool:
-    return num_layers > MOST_WRITTEN_OUT or plan.mlp_rows is not None
+def _must_loop(plan: RematPlan, num_layers: int, streamed: bool) -> bool:
+    return (num_layers > MOST_WRITTEN_OUT and not streamed) or plan.mlp_rows is not None
 
 
 def _missing(actions: dict[str, str]) -> list[str]:
@@ -435,9 +480,11 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
         back = sum(cost.values()) + _ATTENTION_BACKWARD * cost["attention"] + 1.75 * light + adapters
         forward += count * ahead
         backward += count * back
+        fetch = _streamed(work, w) / (card.host_bandwidth * 1e9)
         if ALL in actions:
-            if work.nf4 and not looped:
+            if work.nf4 and not looped and not fetch:
                 backward -= count * _decode_seconds(card, _kept_weights(w))
+            copies += count * sum(max(0.0, fetch - (0 if looped else _OVERLAP * busy)) for busy in (ahead, back))
             copies += count * looped * 2 * sum(sizes.values()) / (_COPY * card.bandwidth * 1e9)
             continue
         # Weights are decoded in every part again: gate, up and down forward, computing them again, and backward.
@@ -451,22 +498,23 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
         moved = [size / (card.host_bandwidth * 1e9) for name, size in sizes.items() if actions.get(name) == "offload"]
         if looped:
             stacked = sum(size for name, size in sizes.items() if actions.get(name) in ("save", "save_quantized"))
-            copies += count * 2 * (stacked / (_COPY * card.bandwidth * 1e9) + sum(moved))
+            copies += count * 2 * (stacked / (_COPY * card.bandwidth * 1e9) + sum(moved) + fetch)
         else:
-            copies += count * sum(_waiting(moved, busy) for busy in (ahead, back + anew))
+            copies += count * sum(_waiting(moved, busy, fetch) for busy in (ahead, back + anew))
     head = 4 * m * work.config.vocab_size * work.config.hidden_size / (_MATMUL * card.tflops * 1e12)
     micro = {"forward": forward, "backward": backward, "recomputation": again, "copies": copies, "head": head}
     parts = {name: work.accumulation * value for name, value in micro.items()}
     return {**parts, "optimizer": 7 * work.adapters / (_COPY * card.bandwidth * 1e9)}
 
 
-def _waiting(copies: list[float], busy: float) -> float:
+def _waiting(copies: list[float], busy: float, fetch: float = 0.0) -> float:
     """Seconds that the GPU waits for copies that take so many seconds each, while a layer keeps it busy otherwise.
 
-    The compiler has two copies under way at a time: where a layer has more, it waits for the others.
+    The compiler has two copies under way at a time: where a layer has more, it waits for the others. To `fetch` the
+    next layer's weights takes the same link.
     """
     copies = sorted(copies)
-    return sum(copies[:-2]) + max(0.0, sum(copies[-2:]) - _OVERLAP * busy)
+    return sum(copies[:-2]) + max(0.0, sum(copies[-2:]) + fetch - _OVERLAP * busy)
 
 
 def model_flops(work: Workload) -> float:
@@ -479,7 +527,13 @@ def model_flops(work: Workload) -> float:
     for layer in range(work.config.num_layers):
         w = layer_widths(work.config, layer)
         total += 4.0 * work.tokens * (w.qkv + w.hidden * w.attention + 3 * w.hidden * w.mlp)
-        total += 3.5 * 2 * work.tokens * _mean_keys(work.length, work.config.windows[layer]) * (w.q + w.attention)
+        total += (
+            3.5
+            * 2
+            * work.tokens
+            * _mean_keys(work.length * work.row_devices, work.config.windows[layer])
+            * (w.q + w.attention)
+        )
     return work.accumulation * total
 
 
@@ -490,7 +544,7 @@ def _layer_seconds(work: Workload, card: Card, layer: int) -> dict[str, float]:
     used |= {name: (w.hidden * w.mlp, w.experts) for name in ("gate", "up", "down")}
     cost = {name: _matmul_seconds(work, card, *weights) for name, weights in used.items()}
     # 2 operations for every query, feature and key that it sees, in each of the two products.
-    keys = _mean_keys(work.length, work.config.windows[layer])
+    keys = _mean_keys(work.length * work.row_devices, work.config.windows[layer])
     flops = 2 * work.tokens * keys * (w.q + w.attention)
     reached = min(_LONG_ATTENTION, _ATTENTION * (keys / 1024) ** 0.15)
     return {**cost, "attention": flops / (reached * card.tflops * 1e12)}
@@ -740,6 +794,8 @@ def explain(work: Workload, card: Card, budget: int, plan: RematPlan | None = No
     one = dataclasses.replace(work, batch=1)
     if length := largest(one, card, budget, plan, "length", 64):
         return f"{text} One row of {length} tokens fits."
+    if (streamed := _streaming(work)) is not None and _fits(streamed, card, budget, plan):
+        return f"{text} With offload_layers=True, which keeps weights in the host's memory, they fit."
     if work.nf4:
         return f"{text} Not even one short row fits: take a smaller model or a larger GPU."
     return f"{text} Not even one short row fits: load_in_4bit=True needs about a quarter of the memory for weights."
@@ -753,6 +809,17 @@ def _without_table(work: Workload) -> Workload | None:
     return dataclasses.replace(work, weights=work.weights - table, offload_embedding=True)
 
 
+def _streaming(work: Workload) -> Workload | None:
+    """The step with the layers' NF4 weights in the host's memory, about; None if they are there, or not in NF4."""
+    if work.streamed or not work.nf4:
+        return None
+    config = work.config
+    weights = sum(_weights_of(layer_widths(config, i)) for i in range(config.num_layers))
+    # Two weights a byte. What is left are scales, and tables in 16 bits.
+    streamed = min(int(0.9 * work.weights), weights // 2)
+    return dataclasses.replace(work, weights=work.weights - streamed, streamed=streamed)
+
+
 def refuse_what_cannot_fit(
     hf_config: dict[str, Any],
     lora_config: "LoraConfig",
@@ -761,6 +828,7 @@ def refuse_what_cannot_fit(
     load_in_4bit: bool,
     dtype: str | None,
     offload_embedding: bool = False,
+    offload_layers: bool = False,
 ) -> None:
     """Raises MemoryError if a run cannot fit this device, before its weights are loaded.
 
@@ -787,6 +855,7 @@ def refuse_what_cannot_fit(
         dtype=dtype,
         optim=args.optim,
         offload_embedding=offload_embedding,
+        offload_layers=offload_layers,
     )
     plan, card = None if args.remat == "auto" else RematPlan.of(args.remat), this_card()
     if not _fits(work, card, int(1.1 * budget), plan):

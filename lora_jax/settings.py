@@ -27,7 +27,17 @@ _SHORT = {
     "dropout": "lora_dropout",
 }
 # Settings that are neither SFTConfig's nor LoraConfig's, and LoraConfig's.
-OWN = ("model", "data", "eval_data", "load_in_4bit", "offload_embedding", "dtype", "resume", "memory_limit")
+OWN = (
+    "model",
+    "data",
+    "eval_data",
+    "load_in_4bit",
+    "offload_embedding",
+    "offload_layers",
+    "dtype",
+    "resume",
+    "memory_limit",
+)
 LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 LORA += ("layers_to_transform", "modules_to_save", "random_state", "use_dora", "init_lora_weights")
 LORA += ("rank_pattern", "alpha_pattern", "layers_pattern", "loftq_config")

@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,49 @@ if TYPE_CHECKING:
 
     from lora_jax.model import CausalLM
 
-__all__ = ["PlannedStep", "bytes_held", "make_eval_step", "make_train_step", "sum_of_losses", "train_step"]
+__all__ = [
+    "LossFunction",
+    "ModelOutput",
+    "PlannedStep",
+    "bytes_held",
+    "make_eval_step",
+    "make_train_step",
+    "sum_of_losses",
+    "train_step",
+]
 __all__ += ["use_compile_cache"]
 
 Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOutput:
+    """What a loss of one's own sees of the model."""
+
+    logits: jax.Array  # float32 [B, T, V]
+
+    def __getitem__(self, name: str) -> jax.Array:
+        if name != "logits":
+            raise KeyError(f"{name}: a model's output here has logits alone")
+        return self.logits
+
+
+class LossFunction(Protocol):
+    """A loss in place of the cross-entropy, as transformers' `compute_loss_func`: differentiable, traced by `jax.jit`.
+
+    It returns the share of one micro-batch in the loss of a step: those of all micro-batches, and of the rows on all
+    devices, are added up. So a mean over label tokens is a sum over these divided by `num_items_in_batch`.
+    """
+
+    def __call__(self, outputs: ModelOutput, labels: jax.Array, *, num_items_in_batch: jax.Array) -> jax.Array:
+        """The loss, float32 [].
+
+        Args:
+          outputs: of the model, with `logits` [B, T, V]: those at t are of the token at t + 1.
+          labels: int32 [B, T], the token itself, or -100; not shifted.
+          num_items_in_batch: float32 [], the number of labels that a token before them predicts, of the whole step.
+        """
+        ...
 
 
 def sum_of_losses(
@@ -41,6 +80,8 @@ def sum_of_losses(
     scan_layers: bool = True,
     dropout_key: jax.Array | None = None,
     router_aux_loss_coef: float | None = None,
+    compute_loss_func: LossFunction | None = None,
+    num_items_in_batch: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the cross-entropies of a batch, in nats, and the number of its label tokens.
 
@@ -60,8 +101,12 @@ def sum_of_losses(
       scan_layers: False to write all layers out: faster, and longer to compile.
       dropout_key: None for no dropout.
       router_aux_loss_coef: coefficient of the loss that keeps experts evenly loaded; None to leave it out.
+      compute_loss_func: the sum is then this function's result times `num_items_in_batch`, so that what is made of it
+        by dividing by the number of label tokens is the function's.
+      num_items_in_batch: label tokens of the whole step, for that function; None for those of this batch.
 
     Raises:
+      TypeError: `compute_loss_func` returns something else than a scalar.
       ValueError: the embedding table is offloaded and the batch has no "inputs_embeds", or `router_aux_loss_coef` is
         given for a model without experts.
       NotImplementedError: `router_aux_loss_coef` is given for experts that are chosen by sigmoids (DeepSeek V3).
@@ -83,10 +128,24 @@ def sum_of_losses(
     x, load = model(ids, batch.get("positions"), batch.get("segment_start"), **how)
     # The state at t predicts the token at t + 1; the first token of a packed document carries no label.
     targets = parallel.shifted(labels, IGNORE_INDEX)
-    loss, count = linear_cross_entropy(x.reshape(-1, x.shape[-1]), model.head(), targets.reshape(-1))
+    if compute_loss_func is None:
+        loss, count = linear_cross_entropy(x.reshape(-1, x.shape[-1]), model.head(), targets.reshape(-1))
+    else:
+        count = jnp.sum(targets != IGNORE_INDEX, dtype=jnp.int32)
+        items = _items(parallel.total(count)) if num_items_in_batch is None else num_items_in_batch
+        outputs = ModelOutput(model.head().logits(x))
+        loss = jnp.asarray(compute_loss_func(outputs, labels, num_items_in_batch=items), jnp.float32)
+        if loss.shape != ():
+            raise TypeError(f"compute_loss_func returned an array of shape {loss.shape}; wanted a scalar, of shape ()")
+        loss *= items
     if router_aux_loss_coef is not None:
         loss += router_aux_loss_coef * parallel.total(load).balancing_loss() * count
     return loss, count
+
+
+def _items(count: jax.Array) -> jax.Array:
+    """The number of label tokens that losses are divided by."""
+    return jnp.maximum(count, 1).astype(jnp.float32)
 
 
 def train_step(
@@ -101,6 +160,7 @@ def train_step(
     scan_layers: bool = True,
     dropout: bool = False,
     router_aux_loss_coef: float | None = None,
+    compute_loss_func: LossFunction | None = None,
     mesh: "Mesh | None" = None,
 ) -> tuple[nnx.State, optax.OptState, dict[str, Any]]:
     """One optimizer step over A micro-batches; pure, so it can be jitted, differentiated or sharded.
@@ -118,6 +178,7 @@ def train_step(
       scan_layers: False to write all layers out: faster, and longer to compile.
       dropout: whether the adapters' dropout is on.
       router_aux_loss_coef: see `sum_of_losses`; None to leave that loss out.
+      compute_loss_func: a loss in place of the cross-entropy, see `LossFunction`.
       mesh: of the devices that share the work, see `lora_jax.sharding`; None for one device.
 
     Returns:
@@ -125,11 +186,12 @@ def train_step(
       "num_label_tokens" and "leaf_grad_norms" (by path; one norm a layer for stacked leaves).
     """
     how: Any = dict(remat=remat, scan_layers=scan_layers, dropout=dropout, router_aux_loss_coef=router_aux_loss_coef)
+    how["compute_loss_func"] = compute_loss_func
     gradients = functools.partial(_sum_of_gradients, graph, **how)
     if mesh is not None:
         gradients = over_devices(gradients, mesh, gradients=True)
     loss, count, grads = gradients(lora, frozen, batch)
-    scale = 1 / jnp.maximum(count, 1).astype(jnp.float32)
+    scale = 1 / _items(count)
     grads = jax.tree.map(lambda g: g * scale, grads)
     norms = _leaf_norms(grads)
     metrics = {
@@ -156,17 +218,23 @@ def _sum_of_gradients(
     remat: str | RematPlan,
     scan_layers: bool,
     router_aux_loss_coef: float | None,
+    compute_loss_func: LossFunction | None,
 ) -> tuple[jax.Array, jax.Array, nnx.State]:
     """Sums over micro-batches [A, B, T]: (loss, number of label tokens, gradient by lora)."""
     key = parallel.place_key(jax.random.key(batch["seed"])) if dropout else None
     batch = {name: array for name, array in batch.items() if name != "seed"}
+    own: dict[str, Any] = {}
+    if compute_loss_func is not None:
+        labels = batch["labels"].reshape(-1, batch["labels"].shape[-1])
+        count = jnp.sum(parallel.shifted(labels, IGNORE_INDEX) != IGNORE_INDEX, dtype=jnp.int32)
+        own = dict(compute_loss_func=compute_loss_func, num_items_in_batch=_items(parallel.total(count)))
 
     def micro_step(carry, micro):
         index, micro = micro
         micro_key = None if key is None else jax.random.fold_in(key, index)
 
         def loss_of(lora):
-            how: Any = dict(remat=remat, scan_layers=scan_layers, dropout_key=micro_key)
+            how: Any = dict(remat=remat, scan_layers=scan_layers, dropout_key=micro_key, **own)
             return sum_of_losses(graph, lora, frozen, micro, router_aux_loss_coef=router_aux_loss_coef, **how)
 
         (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(lora)
@@ -190,6 +258,7 @@ def make_train_step(
     quantized_activations: bool = False,
     scan_layers: bool | None = None,
     router_aux_loss_coef: float | None = None,
+    compute_loss_func: LossFunction | None = None,
 ) -> Callable:
     """`train_step` jitted for one model: step(lora, opt_state, frozen, batch) -> (lora, opt_state, metrics).
 
@@ -210,13 +279,15 @@ def make_train_step(
         layers (`mlp_rows`).
       router_aux_loss_coef: coefficient of the loss that keeps experts evenly loaded, see `sum_of_losses`; None to leave
         it out.
+      compute_loss_func: a loss in place of the cross-entropy, see `LossFunction`; it needs the logits of all tokens of
+        a micro-batch.
 
     Raises:
       ValueError: no such preset, a plan for another number of layers, or "auto" on a device that does not say how much
         memory it has, without a budget.
     """
     if remat == "auto":
-        how = scan_layers, quantized_activations, router_aux_loss_coef
+        how = scan_layers, quantized_activations, router_aux_loss_coef, compute_loss_func
         return PlannedStep(model, optimizer, budget_of(memory_budget), *how)
     if memory_budget is not None:
         raise ValueError(f'memory_budget={memory_budget!r} is for remat="auto", got remat={remat!r}')
@@ -224,7 +295,7 @@ def make_train_step(
         raise ValueError(f'quantized_activations is for remat="auto"; got remat={remat!r}, which says what to quantise')
     plan = RematPlan.of(remat)
     plan.resolve(model.config.num_layers)
-    return _jitted(model, optimizer, plan, scan_layers, router_aux_loss_coef)
+    return _jitted(model, optimizer, plan, scan_layers, router_aux_loss_coef, compute_loss_func)
 
 
 def _jitted(
@@ -233,14 +304,16 @@ def _jitted(
     plan: RematPlan,
     scan_layers: bool | None,
     router_aux_loss_coef: float | None,
+    compute_loss_func: LossFunction | None,
 ) -> Any:
+    _check_rows_alone(model, compute_loss_func)
     graph, _, _ = model.split()
     dropout = model.lora_config is not None and model.lora_config.lora_dropout > 0
-    scans = scans_layers(plan, model.config.num_layers) if scan_layers is None else scan_layers
+    scans = scans_layers(plan, model.config.num_layers, model.streams_layers) if scan_layers is None else scan_layers
 
     def step(lora, opt_state, frozen, batch):
         how: Any = dict(remat=plan, scan_layers=scans, dropout=dropout, router_aux_loss_coef=router_aux_loss_coef)
-        how["mesh"] = model.mesh
+        how |= {"compute_loss_func": compute_loss_func, "mesh": model.mesh}
         return train_step(lora, opt_state, frozen, batch, graph=graph, optimizer=optimizer, **how)
 
     # Matmuls by cuBLAS alone: a step of 8B is 1.2 % faster than with those that XLA would write in Triton, and compiles
@@ -267,9 +340,10 @@ class PlannedStep:
         scan_layers: bool | None = None,
         quantized_activations: bool = False,
         router_aux_loss_coef: float | None = None,
+        compute_loss_func: LossFunction | None = None,
     ):
         self.plans: dict[tuple[int, ...], RematPlan] = {}
-        self._router_aux_loss_coef = router_aux_loss_coef
+        self._losses = router_aux_loss_coef, compute_loss_func
         self._scan_layers, self._quantized_activations = scan_layers, quantized_activations
         # Half a percent is for what lives beside the step: the next batch, metrics.
         self._model, self._optimizer, self._budget, self._compiled = model, optimizer, int(0.995 * budget), {}
@@ -287,7 +361,9 @@ class PlannedStep:
         shapes = tuple((name, array.shape) for name, array in sorted(batch.items()))
         if shapes not in self._compiled:
             work = of_step(self._model, lora, opt_state, frozen, batch)
-            work = dataclasses.replace(work, scan_layers=bool(self._scan_layers))
+            work = dataclasses.replace(
+                work, scan_layers=bool(self._scan_layers), whole_logits=self._losses[1] is not None
+            )
             if (mesh := self._model.mesh) is not None:  # what one device has of it
                 *_, rows, length = batch["input_ids"].shape
                 work = dataclasses.replace(work, batch=rows // row_shards(mesh), length=length // mesh.shape["context"])
@@ -302,7 +378,7 @@ class PlannedStep:
                 plan = choose(work, card, target, quantized_activations=self._quantized_activations)
             except MemoryError as error:
                 raise MemoryError(f"{error}{more}") from None
-            step = _jitted(self._model, self._optimizer, plan, self._scan_layers, self._router_aux_loss_coef)
+            step = _jitted(self._model, self._optimizer, plan, self._scan_layers, *self._losses)
             compiled = step.lower(*arguments).compile()
             if (used := bytes_held(compiled)) <= self._budget:
                 return plan, compiled
@@ -327,11 +403,22 @@ def bytes_held(compiled: Any) -> int:
     return held + stats.temp_size_in_bytes
 
 
-def make_eval_step(model: "CausalLM") -> Callable:
+def _check_rows_alone(model: "CausalLM", compute_loss_func: LossFunction | None) -> None:
+    """A loss of one's own sees whole rows and the whole vocabulary."""
+    sizes = {} if compute_loss_func is None or model.mesh is None else dict(model.mesh.shape)
+    if shared := [axis for axis, size in sizes.items() if size > 1 and axis != "data"]:
+        raise NotImplementedError(
+            f"compute_loss_func is not implemented for a mesh with {shared[0]}={sizes[shared[0]]}: it would see a part "
+            "of the logits. Use the data axis alone."
+        )
+
+
+def make_eval_step(model: "CausalLM", compute_loss_func: LossFunction | None = None) -> Callable:
     """Jitted eval_step(lora, frozen, batch [B, T]) -> {"loss_sum": float32 [], "num_label_tokens": int32 []}."""
+    _check_rows_alone(model, compute_loss_func)
     graph, _, _ = model.split()
 
-    losses = functools.partial(sum_of_losses, graph)
+    losses = functools.partial(sum_of_losses, graph, compute_loss_func=compute_loss_func)
     if model.mesh is not None:
         losses = over_devices(losses, model.mesh, gradients=False)
 

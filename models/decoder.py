@@ -24,9 +24,10 @@ from lora_jax.kernels.nf4.format import BLOCK, NF4Layer, NF4Weight
 from lora_jax.kernels.nf4.mlp import ACTIVATIONS, lora_mlp
 from lora_jax.kernels.nf4.shared_input import lora_matmuls
 from lora_jax.kernels.rope import RopeConfig, apply_rope, rope_tables
-from lora_jax.models.linear import Embedding, Linear, RMSNorm, value
+from lora_jax.models.linear import Embedding, Linear, RMSNorm, entry, value
 from lora_jax.models.mla import LatentAttention, LatentConfig
-from lora_jax.models.moe import ExpertLinear, MoE, MoEConfig, RouterLoad
+from lora_jax.models.moe import ExpertLinear, MoE, MoEConfig, Router, RouterLoad
+from lora_jax.models.streamed import Streamed, is_on_host
 
 __all__ = ["Block", "Cache", "Decoder", "DecoderConfig", "Slot", "full_names"]
 
@@ -39,6 +40,12 @@ NORMS: dict[str, tuple[str | None, ...]] = {
         "post_attention_layernorm",
         "pre_feedforward_layernorm",
         "post_feedforward_layernorm",
+    ),
+    "both, as GLM names them": (
+        "input_layernorm",
+        "post_self_attn_layernorm",
+        "post_attention_layernorm",
+        "post_mlp_layernorm",
     ),
 }
 
@@ -66,12 +73,14 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    fused_projections: bool = False  # q, k and v are one qkv_proj, gate and up one gate_up_proj
+    fused_qkv: bool = False  # q, k and v are one qkv_proj
+    fused_gate_up: bool = False  # gate and up are one gate_up_proj
     activation: str = "silu"  # of the gate: a key of ACTIVATIONS
     norms: str = "pre"  # of a layer: a key of NORMS
     norm_plus_one: bool = False  # norms multiply by 1 + weight
     qk_norm: str | None = None  # queries and keys are normalised before rotation, each "head" or the "projection"
     rotary_dim: int | None = None  # only so many features of a head, the first, are rotated; None for all
+    interleaved: bool = False  # the two features of a rotation are neighbours, not half of those rotated apart
     local_rope: RopeConfig | None = None  # the rotation of layers with a window; None for that of the others
     nope_layers: tuple[int, ...] = ()  # layers without rotation
     attention_scale: float | None = None  # factor of the scores; None for 1 / sqrt(head_dim)
@@ -154,7 +163,7 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, lead: tuple[int, ...], dtype: DTypeLike):
         d, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         linear = functools.partial(Linear, d, lead=lead, dtype=dtype, bias=config.qkv_bias)
-        if config.fused_projections:
+        if config.fused_qkv:
             self.qkv_proj = linear(q + 2 * kv)
         else:
             self.q_proj, self.k_proj, self.v_proj = linear(q), linear(kv), linear(kv)
@@ -163,7 +172,7 @@ class Attention(nnx.Module):
             widths = (config.head_dim,) * 2 if config.qk_norm == "head" else (q, kv)
             self.q_norm, self.k_norm = (_norm(config, width, lead, dtype) for width in widths)
         self.sinks = nnx.Param(jax.ShapeDtypeStruct((*lead, config.num_heads), dtype)) if config.sinks else None
-        self.qk_norm = config.qk_norm
+        self.qk_norm, self.interleaved = config.qk_norm, config.interleaved
         self.head_dim, self.kv_dim = config.head_dim, kv
         self.scale, self.softcap = config.attention_scale, config.softcap
         # Where layers differ in their windows, these are in each layer's segment_start.
@@ -178,8 +187,8 @@ class Attention(nnx.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         v = named(v, "v")
-        q = named(apply_rope(q, context.cos, context.sin), "q")
-        k = named(apply_rope(k, context.cos, context.sin), "k")
+        q, k = (apply_rope(y, context.cos, context.sin, interleaved=self.interleaved) for y in (q, k))
+        q, k = named(q, "q"), named(k, "k")
         k, v, cache = update_cache(k, v)
         out = flash_attention(
             q,
@@ -210,7 +219,7 @@ class MLP(nnx.Module):
     def __init__(self, config: DecoderConfig, *, lead: tuple[int, ...], dtype: DTypeLike):
         d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         linear = functools.partial(Linear, d, lead=lead, dtype=dtype, bias=bias)
-        if config.fused_projections:
+        if config.fused_gate_up:
             self.gate_up_proj = linear(2 * f)
         else:
             self.gate_proj, self.up_proj = linear(f), linear(f)
@@ -465,6 +474,15 @@ class Decoder(nnx.Module):
             for name, module in _leaf_modules(stack, f"{prefix}.layers.{{}}"):
                 yield name, stack, module
 
+    def block_linears(self) -> Iterator[tuple[str, Block, Linear]]:
+        """Those of `named_modules` that are linear layers of the blocks, whose weights are most of the model.
+
+        Routers, which are small and choose, are not among them.
+        """
+        for name, stack, module in self.named_modules():
+            if stack is not None and isinstance(module, Linear) and not isinstance(module, Router):
+                yield name, stack, module
+
     def slots(self) -> dict[str, Slot]:
         """Every tensor of this model's Hugging Face checkpoint, by name."""
         slots = {}
@@ -572,26 +590,27 @@ def _run_stack(stack: Block, start: int, count: int, x: jax.Array, load, context
     are cut.
     """
     graph, trained, frozen = nnx.split(stack, nnx.LoRAParam, ...)
-    if wrapper is None and any(isinstance(leaf, parallel.Shard) for leaf in jax.tree.leaves(frozen, is_leaf=_is_nf4)):
+    buffers = _buffers(frozen)
+    gathers = any(isinstance(leaf, parallel.Shard) for leaf in jax.tree.leaves(frozen, is_leaf=_is_nf4))
+    if wrapper is None and (buffers or gathers):
         wrapper = parallel.keep_all_but_gathered
 
-    def layer(x, index, trained, weights=None):
+    def layer(x, index, trained, weights=None, buffer=None):
         x = named(x, "input")
-        weights = (
-            jax.tree.map(lambda leaf: _entry(leaf, index), frozen, is_leaf=_is_nf4) if weights is None else weights
-        )
+        weights = _entries(frozen, index, buffer) if weights is None else weights
         x, _, load = nnx.merge(graph, trained, weights)(x, context, stack.first + index, lambda k, v: (k, v, None))
         return x, load
 
     def part(state):
         return state if count == stack.count else jax.tree.map(lambda leaf: leaf[start : start + count], state)
 
-    if not scan:
+    if not scan or buffers:
         # The gradients of `split` are put together by one concatenation, those of slices would be added up.
         stacks, tree = jax.tree.flatten(part(trained))
         entries = zip(*(jax.lax.split(leaf, (1,) * count) for leaf in stacks), strict=True)
         entries = [jax.tree.unflatten(tree, [leaf.squeeze(0) for leaf in entry]) for entry in entries]
-        x, more = _written_out(layer, wrapper, start, x, entries or [jax.tree.unflatten(tree, [])] * count)
+        entries = entries or [jax.tree.unflatten(tree, [])] * count
+        x, more = _written_out(layer, wrapper, start, x, entries, buffers[start : start + count])
         return x, load if more is None else load + more
     xs = (start + jnp.arange(count), part(trained))
     wrapped, xs = (layer, (*xs, part(frozen))) if wrapper is None else (wrapper(layer), xs)
@@ -604,35 +623,55 @@ def _run_stack(stack: Block, start: int, count: int, x: jax.Array, load, context
     return jax.lax.scan(body, (x, load), xs)[0]
 
 
-def _written_out(layer: Callable, wrapper: Callable | None, start: int, x: jax.Array, entries: Sequence):
+def _written_out(layer: Callable, wrapper: Callable | None, start: int, x: jax.Array, entries: Sequence, buffers):
     """Runs layers one after the other: (x, sum of their loads). `entries` are their trained leaves.
 
     The order of things is ours where the compiler would choose one that takes more memory or time: a layer's backward
     pass begins when that of the next is done, gradients of adapters included (the compiler would put these off, and
     keep what they are computed from, of all layers). What goes to the host has to be there when the layer after the
-    next begins, and comes back while backward is at work on the next.
+    next begins, and comes back while backward is at work on the next. So do weights in the host's memory, of which
+    there are `buffers`: a layer's are copied while the layer before it is at work, and again for backward.
     """
     layer = jax.jit(layer)  # traced once
     wrapped = layer if wrapper is None else wrapper(layer)
-    forward = jax.jit(lambda x, i, leaves: jax.vjp(lambda x, leaves: wrapped(x, i, leaves), x, leaves))
     backward = jax.jit(lambda pullback, gradients: pullback(gradients))
+    buffers = buffers or (None,) * len(entries)
+
+    @jax.jit
+    def forward(x, i, leaves, buffer):
+        return jax.vjp(lambda x, leaves: wrapped(x, i, leaves, None, buffer), x, leaves)
+
+    def one_after_the_other(x, entries, run):
+        """`run` for every layer, which gives x; the buffer of the next may be copied from when it begins."""
+        buffer = buffers[0]
+        for i, leaves in enumerate(entries):
+            x, following = _after(x, buffers[i + 1 : i + 2], on_host=True)
+            x = run(x, i, leaves, buffer)
+            buffer = following[0] if following else None
+        return x
 
     def run(x, entries):
         loads = []
-        for i, leaves in enumerate(entries):
-            x, load = layer(x, jnp.int32(start + i), leaves)
+
+        def ahead(x, i, leaves, buffer):
+            x, load = layer(x, jnp.int32(start + i), leaves, None, buffer)
             loads.append(load)
-        return x, _sum(loads)
+            return x
+
+        return one_after_the_other(x, entries, ahead), _sum(loads)
 
     def run_forward(x, entries):
         pullbacks, loads = [], []
-        for i, leaves in enumerate(entries):
-            (x, load), pullback = forward(x, jnp.int32(start + i), leaves)
+
+        def ahead(x, i, leaves, buffer):
+            (x, load), pullback = forward(x, jnp.int32(start + i), leaves, buffer)
             pullbacks.append(pullback)
             loads.append(load)
             if i:
                 x, pullbacks[i - 1] = _after(x, pullbacks[i - 1], on_host=True)
-        return (x, _sum(loads)), pullbacks
+            return x
+
+        return (one_after_the_other(x, entries, ahead), _sum(loads)), pullbacks
 
     def run_backward(pullbacks, gradients):
         dx, dload = gradients
@@ -651,6 +690,12 @@ def _written_out(layer: Callable, wrapper: Callable | None, start: int, x: jax.A
     return layers(x, entries)
 
 
+def _buffers(frozen) -> tuple:
+    """The layers' weights in the host's memory, see `Streamed`; () if they are on the device."""
+    parts = jax.tree.leaves(frozen, is_leaf=lambda leaf: isinstance(leaf, Streamed))
+    return next((tuple(part.buffers) for part in parts if isinstance(part, Streamed)), ())
+
+
 def _sum(loads: list):
     return None if loads[0] is None else functools.reduce(lambda a, b: a + b, loads)
 
@@ -658,8 +703,7 @@ def _sum(loads: list):
 def _after(x: jax.Array, tree, on_host: bool):
     """The same; x and the leaves of `tree` that are (not) in the host's memory are there only when all of them are."""
     leaves, treedef = jax.tree.flatten(tree)
-    spaces = [jax.typeof(leaf).memory_space for leaf in leaves]
-    chosen = [i for i, space in enumerate(spaces) if (space == jax.memory.Space.Host) == on_host]
+    chosen = [i for i, leaf in enumerate(leaves) if is_on_host(leaf) == on_host]
     if chosen:
         x, waiting = jax.lax.optimization_barrier((x, [leaves[i] for i in chosen]))
         for i, leaf in zip(chosen, waiting, strict=True):
@@ -671,14 +715,24 @@ def _is_nf4(leaf) -> bool:
     return isinstance(leaf, NF4Weight | parallel.Shard)
 
 
-def _entry(leaf, index: jax.Array):
+def _entries(frozen, index: jax.Array, buffer: jax.Array | None = None):
+    """Entry `index` of all that is stacked; `buffer` has those of its weights that are in the host's memory."""
+    if buffer is not None:
+        buffer = jax.device_put(buffer, jax.memory.Space.Device)
+    return jax.tree.map(lambda leaf: _entry(leaf, index, buffer), frozen, is_leaf=_is_nf4)
+
+
+def _entry(leaf, index: jax.Array, buffer: jax.Array | None):
     """Entry `index` of a stack of arrays or NF4 weights; NF4 weights stay where they are, for the kernels."""
     if isinstance(leaf, parallel.Shard):
         return leaf.layer(index)
-    if _is_nf4(leaf):
-        layer = NF4Layer(leaf, index)
-        return layer if leaf.shape[-1] % BLOCK == 0 else layer.cut()
-    return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False, allow_negative_indices=False)
+    if not _is_nf4(leaf):
+        return entry(leaf, index)
+    layer = NF4Layer(leaf, index)
+    if isinstance(codes := leaf.packed, Streamed):
+        rest = jax.tree.map(lambda part: entry(part, index)[None], dataclasses.replace(leaf, packed=()))
+        layer = NF4Layer(dataclasses.replace(rest, packed=codes.of(buffer)[None]), jnp.int32(0))
+    return layer if leaf.shape[-1] % BLOCK == 0 else layer.cut()
 
 
 def _run_stack_with_cache(stack: Block, x: jax.Array, context: Context, keys, values):
@@ -688,9 +742,9 @@ def _run_stack_with_cache(stack: Block, x: jax.Array, context: Context, keys, va
     """
     graph, state = nnx.split(stack)
 
-    def body(carry, at):
+    def body(carry, at, buffer=None):
         x, keys, values = carry
-        weights = jax.tree.map(lambda leaf: _entry(leaf, at), state, is_leaf=_is_nf4)
+        weights = _entries(state, at, buffer)
 
         def update(k, v):
             start = (at, 0, context.query_offset, 0, 0)
@@ -700,7 +754,13 @@ def _run_stack_with_cache(stack: Block, x: jax.Array, context: Context, keys, va
         x, (keys, values), _ = nnx.merge(graph, weights)(x, context, stack.first + at, update)
         return (x, keys, values), None
 
-    return jax.lax.scan(body, (x, keys, values), jnp.arange(stack.count))[0]
+    carry = (x, keys, values)
+    if not (buffers := _buffers(state)):
+        return jax.lax.scan(body, carry, jnp.arange(stack.count))[0]
+    layer = jax.jit(body)  # traced once
+    for i, buffer in enumerate(buffers):
+        carry, _ = layer(carry, jnp.int32(i), buffer)
+    return carry
 
 
 def _cached(stack, new: jax.Array, start):

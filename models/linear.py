@@ -8,6 +8,7 @@ Variables of type `nnx.LoRAParam` are trained, variables of type `nnx.Param` are
 variable later start as `nnx.data(None)`: NNX takes a plain None for a constant that never becomes one.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,8 +24,9 @@ from lora_jax.kernels.nf4.matmul import lora_matmul
 from lora_jax.kernels.nf4.shared_input import Projection, project
 from lora_jax.kernels.parallel import Shard, take_rows
 from lora_jax.kernels.rms_norm import branch_rms_norm, rms_norm
+from lora_jax.models.streamed import Streamed
 
-__all__ = ["Embedding", "Linear", "RMSNorm", "decoded", "factors", "layer_of", "set_layer", "value"]
+__all__ = ["Embedding", "Linear", "RMSNorm", "decoded", "entry", "factors", "layer_of", "set_layer", "value"]
 
 
 def value(variable: nnx.Variable | None) -> Any:
@@ -32,15 +34,29 @@ def value(variable: nnx.Variable | None) -> Any:
     return None if variable is None else variable.get_value()
 
 
-@jax.jit
 def layer_of(stack, index):
     """Entry `index` of a stack of arrays or NF4Weights; compiled once a shape, unlike `stack[3]` and `stack[4]`.
 
     With two leading axes the index is a pair, as it is of `set_layer`.
     """
+    if isinstance(stack, NF4Weight) and isinstance(codes := stack.packed, Streamed):
+        layer, *expert = index if isinstance(index, tuple) else (index,)
+        of_layer = codes.of(np.asarray(codes.buffers[layer]))
+        packed = jnp.asarray(of_layer[tuple(expert)])
+        return dataclasses.replace(_layer_of(dataclasses.replace(stack, packed=()), index), packed=packed)
+    return _layer_of(stack, index)
+
+
+@jax.jit
+def _layer_of(stack, index):
     for i in index if isinstance(index, tuple) else (index,):
-        stack = jax.tree.map(lambda leaf, i=i: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), stack)
+        stack = jax.tree.map(lambda leaf, i=i: entry(leaf, i), stack)
     return stack
+
+
+def entry(stack: jax.Array, index: jax.Array) -> jax.Array:
+    """Entry `index`, not negative, of a stack."""
+    return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False, allow_negative_indices=False)
 
 
 def decoded(stored: jax.Array | NF4Weight, index: int | tuple[int, int] | None) -> jax.Array:
@@ -52,9 +68,18 @@ def decoded(stored: jax.Array | NF4Weight, index: int | tuple[int, int] | None) 
 _dequantize = jax.jit(dequantize, static_argnums=1)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def set_layer(stack, new, index):
     """The stack with entry `index` replaced, in place: the stack that was passed is gone."""
+    if isinstance(stack, NF4Weight) and isinstance(codes := stack.packed, Streamed):
+        layer, *expert = index if isinstance(index, tuple) else (index,)
+        codes.of(codes.buffers[layer])[tuple(expert)] = np.asarray(new.packed)
+        rest = _set_layer(dataclasses.replace(stack, packed=()), dataclasses.replace(new, packed=()), index)
+        return dataclasses.replace(rest, packed=codes)
+    return _set_layer(stack, new, index)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stack, new, index):
     return jax.tree.map(lambda leaf, n: leaf.at[index].set(n.astype(leaf.dtype)), stack, new)
 
 

@@ -19,7 +19,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_jax.model import CausalLM
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
@@ -34,6 +37,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": dict(architectures=["Qwen3ForCausalLM"], hidden_size=4096, intermediate_size=12288,
                      num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
                      vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6, rope_theta=1e6),
+    "llama2-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                      num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096),
+    "llama2-13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
+                       num_key_value_heads=40, vocab_size=32000, max_position_embeddings=4096),
+    "codellama-34b": dict(hidden_size=8192, intermediate_size=22016, num_hidden_layers=48, num_attention_heads=64,
+                          num_key_value_heads=8, vocab_size=32000, max_position_embeddings=16384, rope_theta=1e6),
+    "llama3.3-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+                         num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072),
     "qwen3-14b": dict(architectures=["Qwen3ForCausalLM"], hidden_size=5120, intermediate_size=17408,
                       num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=8, head_dim=128,
                       vocab_size=151936, max_position_embeddings=40960, rms_norm_eps=1e-6, rope_theta=1e6),
@@ -55,39 +66,71 @@ def token_ids(batch: int, length: int, vocabulary: int):
     return np.random.default_rng(1).integers(0, vocabulary, (batch, length))
 
 
-def random_model(shape: dict[str, Any], *, nf4: bool = True):
-    """A bfloat16 `CausalLM` of random weights; the linear layers of its blocks in double-quantised NF4 if `nf4`."""
-    import jax
+def abstract_model(shape: dict[str, Any], *, nf4: bool = True) -> "CausalLM":
+    """A bfloat16 `CausalLM` of shapes alone; the linear layers of its blocks in double-quantised NF4 if `nf4`."""
     import jax.numpy as jnp
 
-    from lora_jax.kernels.nf4 import quantize
+    from lora_jax.kernels.nf4.format import NF4Weight
     from lora_jax.model import CausalLM
     from lora_jax.models.decoder import Decoder
-    from lora_jax.models.linear import RMSNorm
     from lora_jax.models.registry import config_from_hf
 
     hf = hf_config(shape)
     module = Decoder(config_from_hf(hf), jnp.bfloat16)
-    key = jax.random.key(0)
-
-    def draw(key, shape, scale):
-        return (scale * jax.random.normal(key, shape, jnp.float32)).astype(jnp.bfloat16)
-
-    @functools.partial(jax.jit, static_argnums=1)  # compiled once for weights of one shape
-    def stacked(keys, shape):
-        one = lambda key: draw(key, shape, shape[-1] ** -0.5)  # noqa: E731
-        return jax.lax.map(lambda key: quantize(one(key)) if nf4 else one(key), keys)
-
-    for i, (_, stack, part) in enumerate(module.named_modules()):
-        full = part.weight.get_value().shape
-        rng = jax.random.fold_in(key, i)
-        if isinstance(part, RMSNorm):
-            part.weight.set_value(jnp.ones(full, jnp.bfloat16))
-        elif stack is None:
-            part.weight.set_value(draw(rng, full, 0.02))
-        else:
-            part.weight.set_value(stacked(jax.random.split(rng, full[0]), full[1:]))
+    for _, _, part in module.block_linears() if nf4 else ():
+        part.weight.set_value(NF4Weight.abstract(part.weight.get_value().shape, True))
     return CausalLM(module, hf_config=hf, source=Path("random"))
+
+
+def random_weights(frozen: Any, hidden_size: int) -> Any:
+    """Values for the frozen leaves, to be called under jit: random bytes, of scales that keep activations finite."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from lora_jax.kernels.nf4.format import nested_code
+
+    def fill(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        key = jax.random.key(sum(name.encode()))
+        if leaf.dtype == np.uint8:  # layer after layer: drawing a byte takes several
+            keys = jax.random.split(key, leaf.shape[0])
+            return jax.lax.map(lambda one: jax.random.bits(one, leaf.shape[1:], np.uint8), keys)
+        if "nested_code" in name:
+            return jnp.broadcast_to(jnp.asarray(nested_code()), leaf.shape)
+        if "nested" in name:  # scales of about 0.6 / sqrt(hidden size)
+            size = 0.1 if "absmax" in name else 0.6
+            return jnp.full(leaf.shape, size * hidden_size**-0.5, leaf.dtype)
+        if "norm" in name:
+            return jnp.ones(leaf.shape, leaf.dtype)
+        return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, frozen)
+
+
+def random_model(shape: dict[str, Any], *, nf4: bool = True, offload_layers: bool = False) -> "CausalLM":
+    """`abstract_model` with `random_weights`; with `offload_layers` these never lie on the device."""
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from lora_jax.models.streamed import make_room, pin
+
+    model = abstract_model(shape, nf4=nf4)
+    if offload_layers:
+        make_room(model.module)
+        drawn = np.random.default_rng(0).integers(0, 256, 2**26 + 1, np.uint8)
+        for _, _, part in model.module.block_linears():
+            for buffer in part.weight.get_value().packed.buffers:
+                if not buffer.any():
+                    buffer[:] = np.resize(drawn, buffer.size)
+        pin(model.module)
+    frozen = nnx.state(model.module)
+    drawn = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else None, frozen)
+    drawn = jax.jit(functools.partial(random_weights, drawn, shape["hidden_size"]))()
+    frozen = jax.tree.map(lambda new, old: old if new is None else new, drawn, frozen, is_leaf=lambda x: x is None)
+    nnx.update(model.module, frozen)
+    return model
 
 
 def packed_chats(mean: int, batch: int, length: int, vocabulary: int) -> dict[str, Any]:
@@ -122,12 +165,16 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
 
     batch, length = map(int, args.case.split("x"))
     shape = SHAPES[args.model]
-    if args.checkpoint:
+    if args.memory_limit:
+        lora_jax.limit_memory(args.memory_limit)
+    if args.compile_only:
+        model = abstract_model(shape, nf4=not args.bf16)
+    elif args.checkpoint:
         model, _ = lora_jax.from_pretrained(args.checkpoint, progress=False)
     else:
-        model = random_model(shape, nf4=not args.bf16)
+        model = random_model(shape, nf4=not args.bf16, offload_layers=args.offload_layers)
     lora_jax.get_peft_model(model, r=args.rank, verbose=False)
-    if args.offload_embedding:
+    if args.offload_embedding and not args.compile_only:
         model.offload_embedding()
     optimizer, _ = make_optimizer(lora_jax.SFTConfig(output_dir="unused", learning_rate=2e-4, optim=args.optim), 1000)
     budget = args.memory_budget if args.remat_one == "auto" else None
@@ -139,7 +186,16 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     opt_state = optimizer.init(lora)
     ids = token_ids(batch, length, shape["vocab_size"]).astype(np.int32)[None]
     content = packed_chats(args.documents, batch, length, shape["vocab_size"]) if args.documents else None
-    data = model.with_embeddings({"input_ids": ids, "labels": ids} if content is None else content)
+    data = {"input_ids": ids, "labels": ids} if content is None else content
+    if args.offload_embedding and args.compile_only:
+        table = model.module.embed_tokens  # which takes no memory of the device, nor here
+        shape_of_table = table.weight.get_value().shape
+        table.weight.set_value(np.broadcast_to(np.zeros((), model.module.dtype), shape_of_table))
+        table.offloaded = True
+        embeds = jax.ShapeDtypeStruct((*ids.shape, model.config.hidden_size), model.module.dtype)
+        data |= {"inputs_embeds": embeds}
+    else:
+        data = model.with_embeddings(data)
     real = batch * length if content is None else int((content["labels"] != -100).sum())
     arguments = (lora, opt_state, frozen, data)
     start = time.perf_counter()
@@ -150,12 +206,17 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     analysis = compiled.memory_analysis()
     chosen = step.plans[ids.shape] if planned else RematPlan.of(remat)
     work, card = plan.of_step(model, *arguments), this_card()
-    times, losses = [], []
+    if args.compile_only:
+        held = {"argument_gib": analysis.argument_size_in_bytes / GIB, "temp_gib": analysis.temp_size_in_bytes / GIB}
+        return {"model": args.model, "case": args.case, "plan": chosen.to_list(), "compile_s": compile_s, **held}
+    times, losses, least = [], [], 0.0
     for steps in (*[1] * args.warmup, *[args.steps] * args.runs):
         start = time.perf_counter()
         for _ in range(steps):  # as in training, the host does not wait for a step before it sends the next
             lora, opt_state, metrics = compiled(lora, opt_state, frozen, model.with_embeddings(data))
         losses.append(float(metrics["loss"]))
+        # Of A, which has no gradient while B is zero, as it is in the first step.
+        least = min(float(np.min(norms)) for norms in jax.tree.leaves(metrics["leaf_grad_norms"]))
         times.append((time.perf_counter() - start) / steps)
     if not np.isfinite(losses).all() or not losses[-1] < losses[0]:
         raise SystemExit(f"the loss of one repeated batch must fall; got {losses}")
@@ -174,10 +235,14 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         "plan": chosen.to_list(),
         "estimated_ms": 1e3 * sum(plan.seconds(work, chosen, card).values()),
         "estimated_gib": plan.memory(work, chosen, card).total / GIB,
+        "host_gib": plan.memory(work, chosen, card).host / GIB,
+        "least_layer_grad_norm": least,
         "base": "bf16" if args.bf16 else "nf4 (double-quantised)",
         "rank": args.rank,
         "optim": args.optim,
         "offload_embedding": args.offload_embedding,
+        "offload_layers": args.offload_layers,
+        "memory_limit": args.memory_limit,
         "memory_budget": budget,
         "use": args.use,
         "scan_layers": args.scan_layers,
@@ -225,6 +290,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--optim", default="adamw_torch", help="as in SFTConfig")
     parser.add_argument("--offload-embedding", action="store_true", help="keep the embedding table on the host")
+    parser.add_argument("--offload-layers", action="store_true", help="keep the layers' weights on the host")
+    parser.add_argument("--memory-limit", help="behave as a card of so much, such as 12GB")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="in one run")
     parser.add_argument("--runs", type=int, default=3)
@@ -234,6 +301,7 @@ def main() -> None:
     parser.add_argument(
         "--scan-layers", action=argparse.BooleanOptionalAction, help="a loop over layers, or all written out"
     )
+    parser.add_argument("--compile-only", action="store_true", help="fill the cache of compiled programs")
     parser.add_argument("--trace", help="folder for a profiler trace of one step")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -277,6 +345,9 @@ def _measured(
         print(f"{args.model} {case} {label}: {error}", flush=True)
         return {"model": args.model, "case": case, "remat": label, "error": error}
     result = json.loads(line.removeprefix("RESULT "))
+    if args.compile_only:
+        print(f"{args.model} {case} {label}: {json.dumps(result)}", flush=True)
+        return result
     print(
         f"{args.model} {case} {label}: {result['ms']:.1f} ms, {result['tokens_per_s']:,.0f} tokens/s, "
         f"peak {result['peak_gib']:.2f} GiB, first step {result['first_step_s']:.0f} s, first loss "
