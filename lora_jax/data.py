@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rich.progress import track
 from lora_jax.batches import Example
 from lora_jax.chat import IGNORE, ChatRenderer, Encoder
 from lora_jax.chat_templates import as_messages, response_spans
+from lora_jax.distributed import agree, gather, gather_arrays, is_first, own_share, several, together
 
 _ROW_KINDS = """  messages             a list of {"role": ..., "content": ...}; optionally `tools`
   conversations        the same, or ShareGPT's {"from": ..., "value": ...}
@@ -233,6 +235,7 @@ def tokenize_rows(
     chat_template: str | None = None,
     responses: tuple[str, str] | None = None,
     last_response_only: bool = False,
+    share_out: bool = False,
     progress: bool = True,
 ) -> list[Example]:
     """Tokens and labels of every row.
@@ -257,6 +260,8 @@ def tokenize_rows(
       responses: (instruction_part, response_part): train on what follows the second, up to the next of the first, in
         the text of every row; see `lora_jax.chat_templates.train_on_responses_only`.
       last_response_only: with `responses`, train on the last one of a row only.
+      share_out: where there are several processes (`lora_jax.distributed`), each tokenises its share of the rows and
+        has the other examples from the others. All must call this, with the same rows in a sequence.
       progress: show a progress bar.
 
     Returns:
@@ -264,7 +269,8 @@ def tokenize_rows(
       Rows with nothing (left) to train on are dropped, with a warning that counts them.
 
     Raises:
-      ValueError: a row that cannot be used (it is named), or no example is left.
+      ValueError: a row that cannot be used (it is named), or no example is left; or processes have other rows.
+      ProcessError: with `share_out`, another process has found a row that cannot be used.
     """
     if max_length < 2:
         raise ValueError(f"max_length is {max_length}; wanted at least 2 (a token is predicted from those before it).")
@@ -273,18 +279,60 @@ def tokenize_rows(
     )
     if responses is not None:
         tokenize.responses = (*responses, last_response_only)
+    if share_out and several():
+        assert isinstance(rows, Sequence) or hasattr(rows, "__getitem__")
+        examples, report = _tokenize_together(rows, tokenize, max_length, progress)  # pyright: ignore[reportArgumentType]
+    else:
+        count = len(rows) if isinstance(rows, Sized) else None
+        examples, report = _tokenize(enumerate(rows), count, tokenize, max_length, progress)
+    report.finish(len(examples))
+    return examples
+
+
+def _tokenize(
+    rows: Iterable[tuple[int, Mapping[str, Any]]],
+    count: int | None,
+    tokenize: _RowTokenizer,
+    max_length: int,
+    progress: bool,
+) -> tuple[list[Example], _Report]:
+    """Examples of so many numbered rows, and what is to be said of them."""
     examples: list[Example] = []
     report = _Report(max_length)
-    for index, row in enumerate(
-        track(rows, "Tokenising", console=Console(stderr=True), transient=True, disable=not progress)
-    ):
+    shown: Any = dict(console=Console(stderr=True), transient=True, disable=not progress)
+    for index, row in track(rows, "Tokenising", count, **shown):
         try:
             encoded = tokenize(row)
         except ValueError as error:
             raise ValueError(f"row {index} (the first is 0): {error}") from error
         examples += report.keep(index, encoded)
-    report.finish(len(examples))
-    return examples
+    return examples, report
+
+
+def _tokenize_together(
+    rows: Sequence[Mapping[str, Any]], tokenize: _RowTokenizer, max_length: int, progress: bool
+) -> tuple[list[Example], _Report]:
+    """The same of all processes' shares of the rows, in the order of the rows."""
+    some = [dict(rows[int(i)]) for i in np.linspace(0, len(rows) - 1, min(len(rows), 64))]  # all would take long
+    text = json.dumps(some, skipkeys=True, default=lambda value: type(value).__name__)
+    agree("data", {"rows": len(rows), "crc32 of some rows": zlib.crc32(text.encode())})
+    with together("tokenising the data"):
+        share = own_share(len(rows))
+        numbered = ((i, rows[i]) for i in share)
+        mine, report = _tokenize(numbered, len(share), tokenize, max_length, progress and is_first())
+    # What was exchanged are arrays: lengths, then tokens of all, then which of them are trained on.
+    lengths = gather_arrays(np.array([len(example) for example in mine], np.int32))
+    ids = gather_arrays(_joined([example.input_ids for example in mine]))
+    labels = gather_arrays(_joined([example.labels for example in mine]))
+    examples = []
+    for each, *arrays in zip(lengths, ids, labels, strict=True):
+        split = (np.split(array, np.cumsum(each)[:-1]) if len(each) else [] for array in arrays)
+        examples += [Example(*pair) for pair in zip(*split, strict=True)]
+    return examples, _Report.of(max_length, gather(report.numbers()))
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int32), *arrays])
 
 
 class _RowTokenizer:
@@ -514,6 +562,23 @@ class _Report:
         for note in notes:
             self.first.setdefault(note, index)
         return kept
+
+    def numbers(self) -> dict[str, Any]:
+        """What it has counted, as JSON can hold it."""
+        return {**vars(self), "notes": dict(self.notes)}
+
+    @classmethod
+    def of(cls, max_length: int, parts: Sequence[Mapping[str, Any]]) -> _Report:
+        """The report of all rows from those of their parts."""
+        whole = cls(max_length)
+        for part in parts:
+            for name in ("rows", "examples", "cut", "lost"):
+                setattr(whole, name, getattr(whole, name) + part[name])
+            whole.longest = max(whole.longest, part["longest"])
+            whole.notes.update(part["notes"])
+            for note, index in part["first"].items():
+                whole.first.setdefault(note, index)  # parts are in the order of the rows
+        return whole
 
     def finish(self, kept: int) -> None:
         """Raises if nothing is left, else warns of what was done."""

@@ -22,7 +22,10 @@ import traceback
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = [
     "HEARTBEAT",
@@ -35,9 +38,10 @@ __all__ = [
     "end",
     "explain_lost_peer",
 ]
-__all__ += ["gather", "initialize", "is_first", "several", "together"]
+__all__ += ["gather", "gather_arrays", "initialize", "is_first", "own_share", "several", "together"]
 
 HEARTBEAT = 30  # seconds; JAX's own default is 100
+_PART = 2**20  # numbers of an array that processes exchange at a time
 _LAST_WORDS = 3  # seconds that process 0 waits at an error: others that have it too can then say so before it ends them
 
 
@@ -260,6 +264,29 @@ def gather(value: Any) -> list[Any]:
     padded[: len(data)] = data
     rows = np.asarray(process_allgather(padded))
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def gather_arrays(array: "np.ndarray") -> "list[np.ndarray]":
+    """The int32 arrays [n], of any lengths, that all processes have given, in their order; all must call it."""
+    import numpy as np
+    from jax.experimental.multihost_utils import process_allgather
+
+    lengths = gather(len(array))
+    # Parts of one size, so that there is one program, and devices hold little of it at a time.
+    part = min(_PART, 1 << max(lengths).bit_length())
+    padded = np.zeros(-(-max(lengths) // part) * part, np.int32)
+    padded[: len(array)] = array
+    parts = [np.asarray(process_allgather(padded[at : at + part])) for at in range(0, len(padded), part)]
+    rows = np.concatenate(parts, axis=1) if parts else np.zeros((len(lengths), 0), np.int32)
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+
+def own_share(count: int) -> range:
+    """Which of `count` things this process does, if processes share them out in turn."""
+    import jax
+
+    number, processes = jax.process_index(), jax.process_count()
+    return range(number * count // processes, (number + 1) * count // processes)
 
 
 def agree(what: str, values: Mapping[str, Any]) -> None:

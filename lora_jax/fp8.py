@@ -6,15 +6,13 @@ one factor for each block of `weight_block_size` (128 x 128) weights, the last b
 `activation_scale`, which some files hold too, is of kernels that multiply in FP8 and is not needed.
 """
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-__all__ = ["ACTIVATION_SCALE", "SCALE", "block_size", "decode_fp8", "read_codes"]
+__all__ = ["ACTIVATION_SCALE", "SCALE", "block_size", "decode_fp8"]
 
 SCALE, ACTIVATION_SCALE = "_scale_inv", "activation_scale"  # endings of names
 # The float32 of every byte: several times as fast as numpy's cast of the dtype.
@@ -43,41 +41,35 @@ def block_size(quantization: dict[str, Any]) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def decode_fp8(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int] | None) -> np.ndarray:
+def decode_fp8(
+    codes: np.ndarray,
+    scales: np.ndarray,
+    block: tuple[int, int] | None,
+    rows: range | None = None,
+    of: int | None = None,
+) -> np.ndarray:
     """codes uint8 [N, K], the bytes of float8_e4m3fn -> float32 [N, K]; every product is rounded once.
 
     Args:
-      codes: the weight.
-      scales: float [ceil(N / rows), ceil(K / columns)], or one number without blocks.
+      codes: the weight, or some rows of it.
+      scales: of the whole weight, float [ceil(rows / rows of a block), ceil(K / columns of a block)], or one number
+        without blocks.
       block: (rows, columns) that share a scale.
+      rows: numbers of the rows; None if these are all.
+      of: rows of the whole weight; None if these are all.
 
     Raises:
       ValueError: there are too few or too many scales.
     """
     n, k = codes.shape
-    rows, columns = block or (n, k)
-    want = (math.ceil(n / rows), math.ceil(k / columns))
+    rows, whole = range(n) if rows is None else rows, n if of is None else of
+    high, wide = block or (whole, k)
+    want = (math.ceil(whole / high), math.ceil(k / wide))
     if scales.size != math.prod(want) or (block and scales.shape != want):
-        raise ValueError(f"scales are {list(scales.shape)}, blocks of {rows} x {columns} want {list(want)}")
-    scales = scales.astype(np.float32).reshape(want)
+        raise ValueError(f"scales are {list(scales.shape)}, blocks of {high} x {wide} want {list(want)}")
+    scales, of_rows = scales.astype(np.float32).reshape(want), np.asarray(rows) // high
     weight = np.empty((n, k), np.float32)
-    for i, of_block in enumerate(scales):
-        part = slice(i * rows, (i + 1) * rows)
-        np.multiply(_VALUES[codes[part]], np.repeat(of_block, columns)[:k], out=weight[part])
+    for i in range(of_rows[0], of_rows[-1] + 1):
+        part = slice(*np.searchsorted(of_rows, (i, i + 1)))
+        np.multiply(_VALUES[codes[part]], np.repeat(scales[i], wide)[:k], out=weight[part])
     return weight
-
-
-def read_codes(path: Path, name: str, expert: int | None = None) -> np.ndarray:
-    """The bytes of a tensor, or of one expert of it, uint8: the safetensors library has no FP8 for numpy.
-
-    The format: length of the header (8 bytes, little endian), header as JSON, then the tensors' bytes.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[name]
-        shape, start = entry["shape"], 8 + length + entry["data_offsets"][0]
-        if expert is not None:
-            shape = shape[1:]
-            start += expert * math.prod(shape)
-        file.seek(start)
-        return np.fromfile(file, np.uint8, math.prod(shape)).reshape(shape)

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lora_jax.fp8 import ACTIVATION_SCALE, SCALE, block_size, decode_fp8, read_codes
+from lora_jax.fp8 import ACTIVATION_SCALE, SCALE, block_size, decode_fp8
 from lora_jax.fused_experts import BLOCKS, SCALES, Part, decode_mxfp4, parts_of, renamed
 
 __all__ = ["Checkpoint", "QuantState", "read_json", "resolve_folder"]
@@ -236,41 +236,68 @@ class Checkpoint:
         Raises:
           ValueError: it is in an eight-bit format that cannot be decoded.
         """
-        file, stored, part = self._open(self._where[name]), self._stored[name], self._parts.get(name)
-        if part is not None and stored in self._mxfp4:
-            blocks, scales = (file.get_slice(stored + ending)[part.expert][part.rows] for ending in (BLOCKS, SCALES))
-            return decode_mxfp4(blocks, scales)
-        if file.get_slice(stored).get_dtype().startswith("F8"):
-            weight = self._read_fp8(name, None if part is None else part.expert)
-            return weight if part is None else part.take(weight)
-        tensor = file.get_tensor(stored) if part is None else part.take(file.get_slice(stored)[part.expert])
-        return self._for_blocks_of_64(name, tensor)
+        file, stored = self._open(self._where[name]), self._stored[name]
+        if name in self._parts or file.get_slice(stored).get_dtype().startswith("F8"):
+            shape = self.shape(name)
+            return self.read_rows(name, 0, shape[0], shape[0]).reshape(shape)
+        return self._for_blocks_of_64(name, file.get_tensor(stored))
 
     def read_rows(self, name: str, start: int, stop: int, rows: int) -> np.ndarray:
         """Rows start to stop of a tensor that has `rows` of them, or that holds so many one after the other; as `read`.
 
-        Nothing else is read, unless the tensor is a part of one in the files, or has to be decoded.
+        Nothing else is read, but all of an expert's matrix where files hold it transposed, and what lies between rows
+        that take turns with others.
         """
-        stored, weight = self._stored[name], name.rpartition(".")[0]
-        state = self.quant_state(weight) if weight in self._states else None
-        start_of_data, entries = self._header(self._where[name])
-        entry = entries.get(stored, {"dtype": "none", "shape": [1]})  # in MXFP4 it has another name
-        decoded = entry["dtype"] not in _NUMPY or (state is not None and state.blocksize != 64)
-        if decoded or name in self._parts or entry["shape"][0] % rows:
+        stored, part = self._stored[name], self._parts.get(name)
+        experts, expert, n, chosen, as_columns = 1, 0, rows, range(start, stop), False
+        if part is not None:
+            experts, *matrix = self.whole_shape(name)
+            expert, n = part.expert, matrix[part.transposed]
+            chosen = range(n)[part.rows][start:stop]
+            if as_columns := part.transposed and stored not in self._mxfp4:
+                n, chosen = matrix[0], range(matrix[0])
+        numbers = range(expert * n + chosen.start, expert * n + chosen.stop, chosen.step)
+        dtype = self._dtype(name)
+        state = self.quant_state(weight) if (weight := name.rpartition(".")[0]) in self._states else None
+        if stored in self._mxfp4:
+            blocks, scales = (self._rows_in_file(name, stored + end, numbers, experts * n) for end in (BLOCKS, SCALES))
+            return decode_mxfp4(blocks.reshape(*scales.shape, 16), scales)
+        if part is None and ((dtype not in _NUMPY and dtype[:2] != "F8") or (state and state.blocksize != 64)):
             return self.read(name).reshape(rows, -1)[start:stop]
+        array = self._rows_in_file(name, stored, numbers, experts * n)
+        if dtype.startswith("F8"):
+            array = self._decoded_fp8(name, array, None if part is None else expert, chosen, n)
+        return array if part is None or not as_columns else part.take(array)[start:stop]
+
+    def _dtype(self, name: str) -> str:
+        """The dtype of a tensor, or of what it is a part of, as its file writes it; that of MXFP4's blocks."""
+        stored, (_, entries) = self._stored[name], self._header(self._where[name])
+        return entries[stored + BLOCKS if stored in self._mxfp4 else stored]["dtype"]
+
+    def _rows_in_file(self, name: str, stored: str, numbers: range, rows: int) -> np.ndarray:
+        """Some rows [len(numbers), K] of a tensor of the files that has `rows` of them one after the other.
+
+        `name` is of the tensor that is asked for, `stored` of that in its file. Of FP8 these are the bytes.
+        """
+        start, entries = self._header(self._where[name])
+        entry = entries[stored]
+        dtype, size = np.dtype(_NUMPY.get(entry["dtype"], np.uint8)), math.prod(entry["shape"])
+        if size % rows:  # a damaged checkpoint, of which is said what is wrong when shapes are compared
+            return self._open(self._where[name]).get_tensor(stored).reshape(1, -1)
         # Not the library's slices, for which it reads the whole tensor.
-        dtype, each = np.dtype(_NUMPY[entry["dtype"]]), math.prod(entry["shape"]) // rows
-        at = start_of_data + entry["data_offsets"][0] + start * each * dtype.itemsize
-        array = np.empty((stop - start, each), dtype)
+        array = np.empty((numbers[-1] + 1 - numbers.start, size // rows), dtype)
         rest = memoryview(array.view(np.uint8)).cast("B")
         with (self.folder / self._where[name]).open("rb", buffering=0) as file:
-            file.seek(at)
+            file.seek(start + entry["data_offsets"][0] + numbers.start * size // rows * dtype.itemsize)
             while rest and (count := file.readinto(rest)):
                 rest = rest[count:]
-        return array
+        return array[:: numbers.step]
 
     def _header(self, file: str) -> tuple[int, dict[str, Any]]:
-        """Where the tensors' bytes begin in a file, and what it says of each; see `lora_jax.fp8.read_codes`."""
+        """Where the tensors' bytes begin in a file, and what it says of each.
+
+        It begins with the length of what it says, 8 bytes, little endian, and that, as JSON.
+        """
         if file not in self._headers:
             with (self.folder / file).open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
@@ -296,23 +323,22 @@ class Checkpoint:
             )
         return np.repeat(tensor, state.blocksize // 64)[:want]
 
-    def _read_fp8(self, name: str, expert: int | None) -> np.ndarray:
-        """A weight, or the expert's matrix of a weight of many, float32."""
-        file, stored = self._where[name], self._stored[name]
-        dtype = self._open(file).get_slice(stored).get_dtype()
+    def _decoded_fp8(self, name: str, codes: np.ndarray, expert: int | None, rows: range, of: int) -> np.ndarray:
+        """Those rows of a weight, or of an expert's matrix, that has `of` of them; float32."""
+        stored, dtype = self._stored[name], self._dtype(name)
         if dtype != "F8_E4M3" or stored not in self._scales:
             beside = "" if stored in self._scales else f" without a {stored.rpartition('.')[2]}{SCALE}"
             raise ValueError(
                 f"{self.folder}: {name} is stored as {dtype}{beside}; only F8_E4M3 with scales can be decoded: use the "
                 "16-bit checkpoint"
             )
-        scale_file, scale_name = self._scales[stored]
-        scales = self._open(scale_file).get_tensor(scale_name)
+        file, scale_name = self._scales[stored]
+        scales = self._open(file).get_tensor(scale_name)
         if scales.dtype.kind != "f" and scales.dtype.name != "bfloat16":
             raise ValueError(f"{self.folder}: {scale_name} is stored as {scales.dtype}, wanted a 16- or 32-bit float")
-        codes = read_codes(self.folder / file, stored, expert)
+        scales = scales if expert is None else scales[expert]
         try:
-            return decode_fp8(codes, scales if expert is None else scales[expert], self._fp8_block)
+            return decode_fp8(codes, scales, self._fp8_block, rows, of)
         except ValueError as error:
             raise ValueError(f"{self.folder}: {name}: {error}") from None
 

@@ -64,6 +64,7 @@ __all__ += [
     "row_shards",
     "share_of_adapters",
     "shardings_of",
+    "specs_beside",
 ]
 
 # Mesh axes that a logical axis is shared out over, the first the slowest.
@@ -270,15 +271,18 @@ def share_of_adapters(shapes: Mapping[str, tuple[int, int, int]], mesh: Any) -> 
     """The share of adapters that one device holds, of adapters (K, R, N) by the full names of their modules."""
     stacks: dict[tuple, int] = {}
     for name, (k, r, n) in shapes.items():
-        for side in (k, n):
-            key = re.sub(r"\d+", "", name), r, side, side == n
+        for side, of_output in ((k, False), (n, True)):
+            key = re.sub(r"\d+", "", name), r, side, of_output
             stacks[key] = stacks.get(key, 0) + 1
-    sizes = [((count, side, r), count * side * r) for (_, r, side, _), count in stacks.items()]
-    axes: list = [(), (), ()]
-    here = [
-        size // _product(mesh, [a for along in _share_out(shape, axes, mesh) for a in along]) for shape, size in sizes
-    ]
-    return sum(here) / max(1, sum(size for _, size in sizes))
+    total = here = 0
+    for (name, r, side, of_output), count in stacks.items():
+        along = _WEIGHTS.get(name.rpartition(".")[2], (None, None))[0 if of_output else 1]
+        axes = [RULES["experts"] if ".experts." in name else (), RULES[along] if along != "vocab" else (), ()]
+        axes = [tuple(axis for axis in one if mesh.shape[axis] > 1) for one in axes]
+        shape = (count, side, r)
+        total += math.prod(shape)
+        here += math.prod(shape) // _product(mesh, [a for one in _share_out(shape, axes, mesh) for a in one])
+    return here / max(1, total)
 
 
 def batch_specs(batch: Mapping[str, Any]) -> dict[str, P]:
@@ -354,7 +358,7 @@ def on_all(tree: Any, mesh: Mesh) -> Any:
 
 def put_beside(tree: Any, lora: Any, mesh: Mesh) -> Any:
     """The optimizer's state, every array of it where the trained leaf lies that its path and shape belong to."""
-    specs = _specs_beside(tree, lora, mesh)
+    specs = specs_beside(tree, lora, mesh)
     return _map_specs(lambda spec, x: move(x, NamedSharding(mesh, spec)), specs, tree)
 
 
@@ -364,10 +368,11 @@ def hold_beside(tree: Any, lora: Any, mesh: Mesh) -> Any:
     def hold(spec: P, x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
-    return _map_specs(hold, _specs_beside(tree, lora, mesh), tree)
+    return _map_specs(hold, specs_beside(tree, lora, mesh), tree)
 
 
-def _specs_beside(tree: Any, lora: Any, mesh: Mesh) -> Any:
+def specs_beside(tree: Any, lora: Any, mesh: Mesh) -> Any:
+    """Where each leaf of an optimizer's state lies: where the trained leaf does that its path and shape belong to."""
     specs = jax.tree.leaves(parameter_specs(lora, mesh), is_leaf=_is_spec)
     leaves = jax.tree_util.tree_leaves_with_path(lora)
     known = {(_names(path), leaf.shape): spec for (path, leaf), spec in zip(leaves, specs, strict=True)}
@@ -455,7 +460,8 @@ def check(config: "DecoderConfig", mesh: Mesh) -> None:
     sizes, where = mesh.shape, f"mesh of {describe(mesh)}, {config.architecture}"
     if sizes["tensor"] > 1:
         reasons = {
-            "q, k and v are one matrix": config.fused_projections,
+            "q, k and v are one matrix": config.fused_qkv,
+            "gate and up are one matrix": config.fused_gate_up,
             "of latent attention": config.mla is not None,
             "of its experts": config.moe is not None,
             "queries are normalised over all heads": config.qk_norm == "projection",

@@ -10,14 +10,16 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 
 import lora_jax
-from lora_jax import distributed
+from lora_jax import data, distributed
 from tests import tiny
 
 ROWS = [
@@ -111,6 +113,40 @@ def agreements(folder: Path) -> None:
     )
 
 
+def reading(folder: Path, mesh: Any) -> None:
+    """What is read of a checkpoint's weights, and their sum."""
+    load = lora_jax.AutoModelForCausalLM.from_pretrained
+    load(folder, mesh=mesh, progress=False)
+    before = read_bytes()
+    model = load(folder, mesh=mesh, progress=False)
+    read = read_bytes() - before
+    sums = jax.jit(lambda leaves: [jax.numpy.sum(jax.numpy.float32(leaf)) for leaf in leaves])
+    report(read=read, sums=[float(one) for one in sums(jax.tree.leaves(model.split()[2]))])
+
+
+def tokenising() -> None:
+    """What rows this process tokenises itself, what all of them give, and what is said of them."""
+    rows, own = [dict(row, number=number) for number, row in enumerate(ROWS)], []
+
+    class Counting(data._RowTokenizer):
+        def __call__(self, row: Any) -> Any:
+            own.append(row["number"])
+            return super().__call__(row)
+
+    with mock.patch.object(data, "_RowTokenizer", Counting):
+        examples, said = tokenised(rows, share_out=True)
+    bad = [*rows[:30], {"input_ids": [1, 2], "labels": [5, 2], "number": 30}, *rows[30:]]
+    report(own=own, examples=examples, said=said, bad=message(tokenised, bad, share_out=True))
+
+
+def tokenised(rows: Any, **how: Any) -> tuple[list, list[str]]:
+    """[input_ids, labels] of every example, cut to 12 tokens, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        examples = data.tokenize_rows(rows, None, max_length=12, progress=False, **how)
+    return [[e.input_ids.tolist(), e.labels.tolist()] for e in examples], [str(one.message) for one in caught]
+
+
 class Act:
     """A callback by which one process gets a signal after a step; SIGKILL when checkpoint-2 is there."""
 
@@ -133,6 +169,7 @@ def training(folder: Path, act: Any = None, **how: Any) -> None:
 def both(folder: Path, **how: Any) -> None:
     (folder / f"only-{jax.process_index()}").mkdir()
     agreements(folder)
+    tokenising()
     training(folder, **how)
 
 
@@ -147,7 +184,7 @@ def hello(folder: Path) -> None:
     report(gathered=distributed.gather(jax.process_index()), devices=len(jax.devices()))
 
 
-SECTIONS = {"hello": hello, "both": both, "training": training, "waiting": waiting}
+SECTIONS = {"hello": hello, "both": both, "training": training, "reading": reading, "waiting": waiting}
 
 if __name__ == "__main__":
     coordinator, count, number, section, where, how = sys.argv[1:]

@@ -10,6 +10,7 @@ if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import collections
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
 
 import lora_jax
 from lora_jax import scaling, sharding
@@ -141,17 +143,15 @@ def meshes(tmp: Path, config: dict[str, Any], which: list[dict[str, int]], **opt
         )
 
 
-def planned(config: dict[str, Any], mesh: dict[str, int]) -> dict[str, int] | None:
+def planned(config: dict[str, Any], mesh: dict[str, int]) -> dict[str, int]:
     """What the planner says of such a step: bytes of weights, and received, on one device."""
-    if not set(mesh) <= {"data", "fsdp"}:
-        return None
-    sizes = {"data": 1, "fsdp": 1, **mesh}
+    rows = 8 // sharding.row_shards(sharding.make_mesh(mesh))
 
     def make(mesh: Any) -> Any:
-        return of_config(config, lora_jax.LoraConfig(r=4), 1, 64, mesh=mesh)
+        return of_config(config, lora_jax.LoraConfig(r=4), rows, 64, mesh=mesh)
 
-    work, whole = make(scaling.abstract_mesh(sizes)), make(scaling.abstract_mesh({}))
-    return {"weights": work.weights, "received": scaling.wire(work, whole, sizes).total}
+    work = make(scaling.abstract_mesh(mesh))
+    return {"weights": work.weights, "received": scaling.wire(make, mesh).total}
 
 
 def padded(tmp: Path) -> None:
@@ -280,6 +280,42 @@ def resume(tmp: Path) -> None:
         report(mesh=mesh, losses=[got[0], want[0]], evaluation=[got[1], want[1]], adapters=far(got[2], want[2]))
 
 
+def loading(tmp: Path) -> None:
+    """Weights that are read straight into their shares, against those that one device reads."""
+    from tests.test_fp8 import QWEN, write_fp8
+
+    qwen = {**QWEN, "num_experts": 4, "num_hidden_layers": 2, "vocab_size": 320}
+    folders = {
+        "a tensor each": tiny.write_random(tmp / "each", MIXTRAL),
+        "FP8": write_fp8(tmp / "fp8", qwen)[0],
+        "one tensor": fused(tmp / "each", tmp / "fused"),
+    }
+    meshes = [{"expert": 4, "fsdp": 2}, {"fsdp": 4, "data": 2}, {"expert": 2, "data": 4}]
+    for number, (kind, folder) in enumerate(folders.items()):
+        for how in ({}, {"load_in_4bit": False}):
+            load = functools.partial(AutoModelForCausalLM.from_pretrained, folder, progress=False, **how)
+            mesh = meshes[number]
+            want, got = (load(mesh=one).split()[2] for one in (None, mesh))
+            pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+            total, here = held(got)
+            # The mean of the scales, and what is computed from it, may be off by its last bit.
+            close = [np.allclose(np.float32(g), np.float32(w), rtol=1e-5, atol=0) for g, w in pairs]
+            report(kind=kind, how=how, mesh=mesh, same=sum(close), leaves=len(pairs), weights=total, here=here)
+
+
+def fused(source: Path, folder: Path) -> Path:
+    """The same mixture in the layout of transformers 5: the experts of a layer in two tensors."""
+    tensors = load_file(source / "model.safetensors")
+    for layer in range(2):
+        block = f"model.layers.{layer}.block_sparse_moe.experts"
+        w1, w2, w3 = (np.stack([tensors.pop(f"{block}.{e}.{w}.weight") for e in range(4)]) for w in ("w1", "w2", "w3"))
+        block = block.replace("block_sparse_moe", "mlp")
+        tensors |= {f"{block}.gate_up_proj": np.concatenate([w1, w3], axis=1), f"{block}.down_proj": w2}
+    tensors = {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in tensors.items()}
+    hf = json.loads((source / "config.json").read_text())
+    return tiny.write_folder(folder, hf, tensors, tokenizer=False)
+
+
 def report(**values: Any) -> None:
     print(json.dumps(values), flush=True)
 
@@ -295,5 +331,12 @@ if __name__ == "__main__":
     elif section == "mixture":
         meshes(where, MIXTRAL, [{"expert": 4, "data": 2}, {"expert": 2, "fsdp": 4}], steps=2, router_aux_loss_coef=0.1)
     else:
-        one = {"padded": padded, "vocabulary": vocabulary, "real": real, "resume": resume, "large": lambda _: large()}
+        one = {
+            "loading": loading,
+            "padded": padded,
+            "vocabulary": vocabulary,
+            "real": real,
+            "resume": resume,
+            "large": lambda _: large(),
+        }
         one[section](where)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -26,6 +27,8 @@ from lora_jax.sharding import make_mesh
 from lora_jax.tools.bench_step import hf_config
 from lora_jax.tools.simulate_scaling import MODELS
 from tests import one_of_several, tiny
+from tests.sharding_on_eight import MIXTRAL
+from tests.test_fp8 import QWEN, load_bytes, write_fp8
 
 ROOT = Path(__file__).resolve().parents[1]
 # Float32 sums in another order, through two layers of random weights; adapters come from 8-bit Adam.
@@ -122,6 +125,42 @@ def test_each_process_reads_its_share_of_the_weights(folder, two):
         assert stored / 2 < result["read"] < 0.55 * stored  # norms, and the headers of files, twice, are read by all
 
 
+def test_each_process_tokenises_its_share_of_the_rows(two):
+    examples, said = one_of_several.tokenised(one_of_several.ROWS)
+    assert len(said) == 1 and "12 tokens" not in said[0] and "were cut" in said[0]
+    results = [two.reports(number)[1] for number in (0, 1)]
+    assert [result["own"] for result in results] == [list(range(20)), list(range(20, 40))]
+    for result in results:
+        assert result["examples"] == examples and result["said"] == said
+    assert re.match(r"ProcessError: tokenising the data: process 1 could not: .*row 30 .*5 where", results[0]["bad"])
+    assert re.match(r"ValueError: row 30 \(the first is 0\): labels\[0\] is 5 where", results[1]["bad"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "mesh"), [("mixture", {"expert": 4}), ("FP8", {"fsdp": 4}), ("FP8", {"expert": 4})])
+def test_each_process_reads_its_share_of_experts_and_of_fp8(tmp_path, kind, mesh):
+    if kind == "FP8":
+        model, _ = write_fp8(tmp_path / "model", {**QWEN, "num_experts": 8, "vocab_size": 320})
+    else:
+        model = tiny.write_random(tmp_path / "model", MIXTRAL | {"num_local_experts": 8, "hidden_size": 128})
+    run = Processes(model, "reading", 2, 2, mesh=mesh)
+    assert run.ended() == [0, 0], run.text(0)[-3000:]
+    stored = (model / "model.safetensors").stat().st_size
+    for number in (0, 1):
+        result = run.reports(number)[0]
+        want = [
+            float(np.sum(np.float32(leaf))) for leaf in jax.tree.leaves(tiny.open_model(model, "nf4-double").split()[2])
+        ]
+        np.testing.assert_allclose(result["sums"], want, rtol=1e-3)  # in float32, of numbers of both signs
+        # With "expert" attention and vocabulary are read by all.
+        whole = (
+            0.0
+            if "fsdp" in mesh
+            else sum(tensor.nbytes for name, tensor in load_bytes(model).items() if "experts" not in name)
+        )
+        assert result["read"] < 1.05 * (whole + (stored - whole) / 2), (result["read"], stored, whole)
+
+
 def test_what_one_process_cannot_do_all_refuse(two):
     messages = [two.reports(number)[0] for number in (0, 1)]
     for number, result in enumerate(messages):
@@ -134,7 +173,7 @@ def test_what_one_process_cannot_do_all_refuse(two):
             "meshes": "ValueError: processes disagree about the model: mesh is .*'data': 4.* in process 0 and",
             "heads": "ValueError: .*its 2 key/value heads cannot be shared out evenly over 4 devices",
             "config": "ValueError: processes disagree about SFTConfig: learning_rate is 0.0001 in process 0 and 0.001",
-            "data": "ValueError: processes disagree about data.*examples is 40 in process 0 and 39 in 1",
+            "data": "ValueError: processes disagree about data: rows is 40 in process 0 and 39 in 1",
         }.items():
             assert re.match(pattern, result[name]), (name, result[name])
     assert messages[1]["failing"] == "ValueError: the file is not there"
@@ -309,12 +348,45 @@ def test_a_mesh_by_text():
 # ---- planning -------------------------------------------------------------------------------------------------------
 
 
-def planned(model: str, gpus: str, batch: int = 1) -> dict[tuple[int, int], Any]:
-    """Plans by (data, fsdp)."""
+def planned(model: str, gpus: str, batch: int = 1, length: int = 2048) -> dict[Any, Any]:
+    """Plans by (data, fsdp), or (data, fsdp, other axis, its devices)."""
     count, host, card = gpus_of(gpus)
-    config = hf_config(MODELS[model])
-    plans = plan_meshes(lambda mesh: of_config(config, LoraConfig(), batch, 2048, mesh=mesh), card, count, host)
-    return {(plan.devices["data"], plan.devices["fsdp"]): plan for plan in plans}
+    config = hf_config(MODELS.get(model, MIXTURE))
+    plans = plan_meshes(lambda mesh: of_config(config, LoraConfig(), batch, length, mesh=mesh), card, count, host)
+    rows = ("data", "fsdp")
+    others = [[(axis, n) for axis, n in plan.devices.items() if axis not in rows] for plan in plans]
+    return {
+        (*(plan.devices.get(axis, 1) for axis in rows), *(word for pair in other for word in pair)): plan
+        for plan, other in zip(plans, others, strict=True)
+    }
+
+
+MIXTURE = {**MODELS["8B"], "architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
+MIXTURE["num_hidden_layers"] = 2
+
+
+def test_other_axes_where_rows_and_weights_are_not_enough():
+    """A row of 131,072 tokens of 8B on eight GPUs of 24 GB; a mixture that no mesh of rows fits."""
+    long = planned("8B", "8x24GB", length=131072)
+    assert long[1, 8].plan is None and (1, 1, "context", 8) in long
+    best = long[1, 1, "context", 8]
+    assert best.plan is not None and best.work.tokens == 131072 // 8 and best.tokens == 131072
+    # All-to-alls of q, k, v and what attention gives, three times (forward, backward, and made again), 7 of 8 parts.
+    a2a = 3 * 32 * (4096 + 1024 + 1024 + 4096) * 2 * 16384 * 7 // 8
+    assert best.wire.between == pytest.approx(a2a, rel=1e-4) and best.wire.weights == 0
+    # Attention over the whole row by an eighth of the heads, and less to make again than where nothing fits.
+    assert 0.08 < best.compute / long[8, 1].compute < 0.13
+    tensor = long[1, 4, "tensor", 2]
+    assert tensor.work.config.num_heads == 16 and tensor.tokens == 4 * 131072
+    sums = 32 * 5 + 2  # of a layer: two forward, two backward, one that is made again; embedding and loss
+    assert tensor.wire.between == sums * 131072 * 4096 * 2
+    assert not any("expert" in mesh for mesh in long)  # the model has none
+    small = planned("mixture", "4x3GB", length=8192)
+    assert small[1, 4].plan is None
+    mixture = small[1, 2, "expert", 2]
+    assert mixture.work.config.moe.num_experts == 4 and mixture.tokens == 4 * 8192
+    # Of each of two layers: tokens forward, backward and once more, their sums forward and backward.
+    assert mixture.wire.between == 2 * (5 * 8192 * 4096 * 2 + 5 * 4 * 8192 * 2)
 
 
 def test_models_that_one_gpu_cannot_hold():

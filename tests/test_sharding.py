@@ -73,9 +73,9 @@ def check_meshes(results: list[dict[str, Any]]) -> None:
         # Adapters twice, for momentum, and the batch beside the weights: nothing else comes in.
         batch = 4 * 4 * TOKENS // np.prod([n for axis, n in mesh.items() if axis not in ("tensor",)])
         assert abs(result["arguments"] / (result["weights_here"] + 2 * result["adapters_here"] + batch) - 1) < 0.05
-        if (planned := result["planned"]) is not None:  # of the losses' counts, 8 bytes, it knows nothing
-            assert planned["weights"] == result["weights_here"]
-            assert planned["received"] == pytest.approx(result["received"], rel=0.001)
+        assert result["planned"]["weights"] == result["weights_here"]
+        # Of the losses' counts it knows nothing, nor of a few numbers of each token and row that are added up.
+        assert result["planned"]["received"] == pytest.approx(result["received"], rel=0.002)
         tensor = mesh.get("tensor", 1)
         if "fsdp" in mesh:
             assert of_weights(found) == [["all-gather", "u8", mesh["fsdp"], GATHERS, 2 * LAYERS * PACKED // tensor]]
@@ -96,6 +96,9 @@ def check_meshes(results: list[dict[str, Any]]) -> None:
 
 def check_equal(results: list[dict[str, Any]]) -> None:
     for result in results:
+        if "expert" in result.get("mesh", ""):  # and of the sums that balance the load
+            assert result["planned"]["weights"] == result["weights_here"]
+            assert result["planned"]["received"] == pytest.approx(result["received"], rel=0.01)
         if result.get("how") == "evaluation":
             assert result["loss"] < TOLERANCE
             continue
@@ -120,6 +123,13 @@ def check_real(results: list[dict[str, Any]]) -> None:
     assert result["weights_here"] == pytest.approx(result["weights"] / 4, rel=0.05)
 
 
+def check_loaded(results: list[dict[str, Any]]) -> None:
+    assert len(results) == 6
+    for result in results:
+        assert result["same"] == result["leaves"] > 10, result
+        assert result["here"] < 0.8 * result["weights"]
+
+
 CHECKS = {
     "rows": check_meshes,  # meshes of rows alone
     "biases": check_equal,  # Qwen 2, on three axes at once
@@ -128,6 +138,7 @@ CHECKS = {
     "padded": check_equal,  # and other settings of a step; evaluation
     "resume": check_resumed,  # a run goes on on another mesh
     "real": check_real,  # SmolLM2
+    "loading": check_loaded,  # mixtures and FP8, straight into their shares
 }
 
 
