@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_jax.config import did_you_mean
 from lora_jax.export import verify
 from lora_jax.export.aside import folder_aside
+from lora_jax.export.gguf import save_ggufs
 from lora_jax.export.gguf_lora import ADAPTER_TYPES
 from lora_jax.export.gguf_mixtures import file_types
 from lora_jax.export.hf import dtype_of_merged, merged_contents
@@ -60,7 +62,8 @@ def parse_targets(names: Iterable[str]) -> list[Target]:
         else:
             kinds = [*_PLAIN, *(f"gguf-lora:{t}" for t in ADAPTER_TYPES), *(f"{k}:TYPE" for k in _OF_GGUF)]
             every = ", ".join(f"gguf:{t}" for t in file_types(None))
-            raise ValueError(f"--to {name} is unknown; there are {', '.join(kinds)}; with a TYPE as in {every}")
+            hint = did_you_mean(kind, [*_PLAIN, "gguf-lora", *_OF_GGUF])
+            raise ValueError(f"--to {name} is unknown; there are {', '.join(kinds)}; with a TYPE as in {every}.{hint}")
     for kind in ("ollama", "ollama-lora"):
         if len(types := [t.type for t in targets if t.kind == kind]) > 1:
             raise ValueError(f"--to {kind} is for one type, got {', '.join(types)}: the folder is of one model")
@@ -77,10 +80,15 @@ def export(
     overwrite: bool = False,
     answers: bool = True,
     verbose: bool = True,
+    imatrix: Path | None = None,
+    max_shard_size: int | str | None = None,
+    device: Any = None,
 ) -> list[Check]:
     """Writes every target into a folder of `out` named after its kind, checks all of them, and prints a table.
 
-    The folders appear when all are written and nothing was found wrong.
+    The folders appear when all are written and nothing was found wrong. All GGUF files of the merged model, that of
+    "ollama" among them, are written in one pass over the weights; a type that "gguf" and "ollama" have in common is one
+    file with two names where the file system has links.
 
     Args:
       model: base and adapter; it is not changed.
@@ -91,6 +99,8 @@ def export(
       overwrite: replace folders that exist.
       answers: compare answers to fixed prompts, too; else tensors alone.
       verbose: show progress.
+      imatrix, max_shard_size, device: of the merged GGUF files, see `lora_jax.export.gguf.write_ggufs`; those of Ollama
+        are not split.
 
     Returns:
       What was compared.
@@ -101,6 +111,9 @@ def export(
       FileExistsError, OSError: a folder exists, cannot be written, or there is too little room on the disk.
     """
     kinds = list(dict.fromkeys(target.kind for target in targets))
+    if max_shard_size is not None and "ollama" in kinds:
+        raise ValueError("max_shard_size splits GGUF files, and Ollama takes whole ones: export it apart")
+    kinds.sort(key=lambda kind: kind == "ollama")  # after "gguf", with which it is written
     if model.lora_config is None and (without := [kind for kind in kinds if kind in _OF_ADAPTER]):
         raise ValueError(f"{model.name_or_path} has no adapter, which --to {without[0]} writes; export the run instead")
     _check_room(model, targets, out)
@@ -110,12 +123,11 @@ def export(
             kind: stack.enter_context(folder_aside(out / kind, overwrite, kept=[model.source])) for kind in kinds
         }
         trained = verify.answers_of(model, tokenizer) if answers else None
-        writer = _Writer(model, tokenizer, merge_base, trained, verbose)
+        of_gguf = {"imatrix": imatrix, "max_shard_size": max_shard_size, "device": device}
+        writer = _Writer(model, tokenizer, targets, merge_base, trained, verbose, of_gguf)
         for kind, folder in folders.items():
-            of_kind = [target for target in targets if target.kind == kind]
-            for target, path, found in writer.write(kind, folder, of_kind):
+            for target, files, found in writer.write(kind, folder):
                 checks += found
-                files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
                 sizes[str(target)] = sum(file.stat().st_size for file in files)
         console.print(verify.table(checks, sizes))
         if wrong := [check for check in checks if check.passed is False]:
@@ -128,30 +140,36 @@ def export(
 
 @dataclasses.dataclass(frozen=True)
 class _Writer:
-    """Writes and checks the targets of one kind."""
+    """Writes and checks the targets, those of one kind at a time; "gguf" before "ollama"."""
 
     model: "CausalLM"
     tokenizer: Any
+    targets: Sequence[Target]
     merge_base: str
     trained: Answers | None
     verbose: bool
+    of_gguf: dict[str, Any]  # options of the merged GGUF files
+    for_ollama: dict[str, Path] = dataclasses.field(default_factory=dict)  # type -> file that is there already
 
-    def write(self, kind: str, folder: Path, targets: list[Target]) -> Iterable[tuple[Target, Path, list[Check]]]:
-        """Yields each target, its file or folder, and what was found."""
+    def write(self, kind: str, folder: Path) -> Iterable[tuple[Target, list[Path], list[Check]]]:
+        """Yields each target, its files, and what was found."""
+        targets = [target for target in self.targets if target.kind == kind]
         if kind == "peft":
             self.model.save_pretrained(folder)
-            yield targets[0], folder, [self._check_adapter(folder)]
+            yield targets[0], _files(folder), [self._check_adapter(folder)]
         elif kind in _METHODS:
-            yield targets[0], folder, self._write_folder(kind, folder)
+            checks = self._write_folder(kind, folder)
+            yield targets[0], _files(folder), checks
         elif kind == "gguf":
-            for target, path in zip(targets, self._write_gguf(folder, targets), strict=True):
-                yield target, path, self._check_gguf(target, path)
+            for target, parts in self._write_gguf(folder, targets):
+                yield target, parts, self._check_gguf(target, parts[0])
         elif kind == "gguf-lora":
             for target in targets:
                 path = self.model.save_pretrained_gguf_lora(folder, target.type)
-                yield target, path, [Check(str(target), "tensors", "equal", "bit for bit")]
+                yield target, [path], [Check(str(target), "tensors", "equal", "bit for bit")]
         else:
-            yield targets[0], folder, self._write_ollama(targets[0], folder)
+            checks = self._write_ollama(targets[0], folder)
+            yield targets[0], _files(folder), checks
 
     def _check_adapter(self, folder: Path) -> Check:
         got, want = read_adapter(self.model, folder).tensors, adapter_tensors(self.model)
@@ -171,11 +189,13 @@ class _Writer:
             checks.append(verify.check_folder(kind, folder, self.trained, own, nf4=kind == "bnb-4bit", limit=limit))
         return checks
 
-    def _write_gguf(self, folder: Path, targets: list[Target]) -> list[Path]:
+    def _write_gguf(self, folder: Path, targets: list[Target]) -> Iterable[tuple[Target, list[Path]]]:
         types = [target.type for target in targets]
-        return self.model.save_pretrained_gguf(
-            folder, self.tokenizer, types, merge_base=self.merge_base, verbose=self.verbose
-        )
+        for_ollama = [target.type for target in self.targets if target.kind == "ollama"]
+        options: Any = {"merge_base": self.merge_base, "verbose": self.verbose, **self.of_gguf}
+        files = save_ggufs(self.model, folder, self.tokenizer, [*types, *for_ollama], **options)
+        self.for_ollama.update({type: files[type][0] for type in for_ollama})
+        return ((target, files[target.type]) for target in targets)
 
     def _check_gguf(self, target: Target, path: Path, lora: Path | None = None) -> list[Check]:
         checks = [Check(str(target), "tensors", "read back", "rounding")]  # when written
@@ -186,8 +206,12 @@ class _Writer:
 
     def _write_ollama(self, target: Target, folder: Path) -> list[Check]:
         as_adapter = target.kind == "ollama-lora"
+        made = None if as_adapter else self.for_ollama.get(target.type)
         options: Any = {"as_adapter": as_adapter, "merge_base": self.merge_base, "verbose": self.verbose}
+        options |= {"gguf": made, **{key: self.of_gguf[key] for key in ("imatrix", "device")}}
         self.model.save_pretrained_ollama(folder, self.tokenizer, target.type, **options)
+        if made is not None and Target("gguf", target.type) not in self.targets:
+            made.unlink()  # it was there for this alone
         files = sorted(folder.glob("*.gguf"))
         lora = next((file for file in files if as_adapter and "-lora." in file.name), None)
         (path,) = (file for file in files if file != lora)
@@ -199,6 +223,10 @@ class _Writer:
         return verify.limit_of(type, self.trained, exact=exact, same_base=same_base)
 
 
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.is_file()]
+
+
 # Bits of a weight in GGUF files of a type that begins so, at least.
 _BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8.5, "q6": 6.5, "q5": 5.5, "q4": 4.5, "q3": 3.4, "q2": 2.6}
 
@@ -208,6 +236,8 @@ def _check_room(model: "CausalLM", targets: Sequence[Target], out: Path) -> None
     weights = sum(math.prod(slot.shape) for slot in model.module.slots().values())
     needed = 0
     for target in targets:
+        if target.kind == "ollama" and Target("gguf", target.type) in targets:
+            continue  # the same file
         if target.kind in _METHODS:
             contents = merged_contents(model, _METHODS[target.kind], "dequantized", dtype_of_merged(model))
             needed += sum(contents.sizes.values())

@@ -1,17 +1,19 @@
 """Export to GGUF, the file format of llama.cpp.
 
-A GGUF file holds metadata (shape of the model, tokenizer, chat template) and then the tensors. Tensor by tensor, the
-source is read, converted to each type asked for and written, so that memory holds one tensor and its converted copies;
-or one linear layer of all experts of a layer, converted, and that of one expert. The finished files are read back and
-compared with the source before they take their names.
+A GGUF file holds metadata (shape of the model, tokenizer, chat template) and then the tensors. Some rows of a tensor at
+a time, the source is read, converted to each type asked for and written to every file, so that memory holds one tensor
+as its source has it, whatever the number of files. The finished files are read back and compared with the source in the
+same way before they take their names.
 
 File types are those of `gguf_mixtures.FILE_TYPES`: "f32", "f16", "bf16", "q8_0", and those of 2 to 6 bits, whose blocks
 are llama-quantize's (see `gguf_quants`), as is the choice which tensor gets more bits. As in llama.cpp's own converter,
 norms, biases and routers are float32 in all of them.
 """
 
+import collections
 import contextlib
 import errno
+import functools
 import glob
 import json
 import math
@@ -21,8 +23,8 @@ import secrets
 import shutil
 import tempfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,7 +35,7 @@ from gguf import GGMLQuantizationType as GgmlType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from lora_jax.export.gguf_imatrix import Imatrix, read_imatrix
-from lora_jax.export.gguf_layout import Layout, Piece, pieces
+from lora_jax.export.gguf_layout import Layout, Piece, pieces, unchanged
 from lora_jax.export.gguf_metadata import (
     ModelShape,
     add_model,
@@ -53,9 +55,20 @@ from lora_jax.reporting import console, say
 if TYPE_CHECKING:
     from lora_jax.model import CausalLM
 
-__all__ = ["FILE_TYPES", "TensorSource", "file_types", "save_gguf", "verify_gguf", "write_gguf", "write_ggufs"]
+__all__ = [
+    "FILE_TYPES",
+    "TensorSource",
+    "file_types",
+    "save_gguf",
+    "save_ggufs",
+    "verify_gguf",
+    "write_gguf",
+    "write_ggufs",
+]
 
-_CHUNK = 1 << 22  # elements converted or compared at a time
+_CHUNK, _GPU_CHUNK = 1 << 20, 1 << 22  # elements converted at a time; a GPU is given as many as it takes at once
+_AT_ONCE = 3  # chunks of a GPU: one is copied to it, one computed, one copied back
+_COMPARED = 1 << 19  # elements compared at a time, which takes ten arrays of them
 _F16_MAX = 65504.0
 # Largest error of a type without importance: a share of the block's largest magnitude (half as much again as the worst
 # found in blocks from smooth to nearly all zero; a search for the least square lets single values go), and what half a
@@ -75,7 +88,10 @@ _SHARE_WEIGHTED = 1.25  # a value of no importance may be given up, or even over
 
 
 class TensorSource(Protocol):
-    """One tensor of the model, read when it is needed."""
+    """One tensor of the model, read when it is needed.
+
+    It may have `blocks() -> iterator of np.ndarray`, too, the values some rows (entries of the first axis) at a time.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -136,6 +152,18 @@ def save_gguf(
     folder: Path,
     tokenizer: Any = None,
     quantization_method: str | Sequence[str] = "f16",
+    **options: Any,
+) -> list[Path]:
+    """As `save_ggufs`; returns the files, in the order of the types; all parts of those that are split."""
+    written = save_ggufs(model, folder, tokenizer, quantization_method, **options)
+    return [path for files in written.values() for path in files]
+
+
+def save_ggufs(
+    model: "CausalLM",
+    folder: Path,
+    tokenizer: Any = None,
+    quantization_method: str | Sequence[str] = "f16",
     *,
     merge_base: str = "dequantized",
     overwrite: bool = False,
@@ -143,7 +171,7 @@ def save_gguf(
     imatrix: str | os.PathLike[str] | None = None,
     max_shard_size: int | str | None = None,
     device: Any = None,
-) -> list[Path]:
+) -> dict[str, list[Path]]:
     """Writes base and adapter merged into one model, as one GGUF file for each type asked for, all in one pass.
 
     Args:
@@ -155,13 +183,13 @@ def save_gguf(
       merge_base: "dequantized" or "original", see `lora_jax.export.merge`.
       overwrite: replace files that exist.
       verbose: show progress.
-      imatrix, max_shard_size, device: as `write_gguf`.
+      imatrix, max_shard_size, device: as `write_ggufs`.
 
-    Returns the files, in the order of the types; all parts of those that are split.
+    Returns the parts of the file of each type, a key of `FILE_TYPES`.
 
     Raises:
       FileExistsError: a file of that name exists and `overwrite` is False.
-      ValueError, OSError: as `write_gguf`.
+      ValueError, OSError: as `write_ggufs`.
     """
     stored = str(model.hf_config.get("torch_dtype") or model.hf_config.get("dtype") or "bfloat16")
     types = file_types(quantization_method, {"float16": "f16", "float32": "f32"}.get(stored, "bf16"))
@@ -180,8 +208,7 @@ def save_gguf(
         # transformers reads from it which class of tokenizer to make, which may add tokens
         (Path(small) / "config.json").write_text(json.dumps(model.hf_config), encoding="utf-8")
         options = {"imatrix": imatrix, "max_shard_size": max_shard_size, "device": device}
-        written = write_ggufs(paths, tensors, model.hf_config, small, name=base, progress=verbose, **options)
-    return [path for files in written.values() for path in files]
+        return write_ggufs(paths, tensors, model.hf_config, small, name=base, progress=verbose, **options)
 
 
 def write_gguf(
@@ -228,7 +255,7 @@ def write_ggufs(
         FILE-00001-of-00003.gguf and so on, of which llama.cpp is given the first.
       device: a jax.Device that quantises; by default the CPU, with llama-quantize's bytes. See `gguf_quants.quantize`.
 
-    Returns the parts of each file. What a file cannot express is printed (to stderr).
+    Returns the parts of each file, in the order of `paths`. What a file cannot express is printed (to stderr).
 
     Raises:
       ValueError: unknown file type or architecture; tensors missing, unknown, of another shape than the config says,
@@ -363,11 +390,13 @@ def _verify(
     readers = [[gguf.GGUFReader(part) for part in parts] for parts in files]
     weighted = [parts[0].get_field("quantize.imatrix.entries_count") is not None for parts in readers]
     layout = _layout_of_file(readers[0][0])
+    for reader in (reader for parts in readers for reader in parts):
+        reader.fields.clear()  # a tokenizer's take 100 MB
     written = [{tensor.name: tensor for part in parts for tensor in part.tensors} for parts in readers]
     if "output.weight" not in written[0]:  # the head is tied to the embedding
         tensors = {hf_name: tensor for hf_name, tensor in tensors.items() if hf_name != "lm_head.weight"}
     places = {hf_name: pieces(hf_name, tuple(tensor.shape), layout) for hf_name, tensor in tensors.items()}
-    counts = Counter(piece.name for parts in places.values() for piece in parts)
+    counts = collections.Counter(piece.name for parts in places.values() for piece in parts)
     for parts, own in zip(files, written, strict=True):
         extra = {name for name in own.keys() - counts.keys() if not name.startswith("rope_f")}
         missing = counts.keys() - own.keys()
@@ -375,44 +404,64 @@ def _verify(
             raise ValueError(
                 f"{parts[0]} does not hold the model: missing {sorted(missing)}, not in the model {sorted(extra)}"
             )
-    for parts, own, sums in zip(files, written, checksums, strict=False):
-        if wrong := [name for name, tensor in own.items() if name in sums and zlib.crc32(tensor.data) != sums[name]]:
-            raise ValueError(f"{parts[0]}: {wrong[0]} was not read back as it was written; is the disk sound?")
+    where = [
+        {tensor.name: part for part, reader in zip(*pair, strict=True) for tensor in reader.tensors}
+        for pair in zip(files, readers, strict=True)
+    ]
+    for own, paths, sums in zip(written, where, checksums, strict=False):
+        if wrong := [name for name in own if name in sums and _checksum(paths[name], own[name]) != sums[name]]:
+            raise ValueError(f"{paths[wrong[0]]}: {wrong[0]} was not read back as it was written; is the disk sound?")
     total = len(files) * sum(math.prod(piece.shape) for parts in places.values() for piece in parts)
     with _progress_bar("verifying", total, progress) as advance:
-        for hf_name, parts in places.items():
-            values = tensors[hf_name].read() if parts else np.empty(0)
-            for piece in parts:
-                expected = piece.reorder(values)
-                for file, own, by_importance in zip(files, written, weighted, strict=True):
-                    tensor = own[piece.name]
-                    want = piece.shape if piece.expert is None else (counts[piece.name], *piece.shape)
-                    if (got := tuple(int(n) for n in reversed(tensor.shape))) != want:
-                        raise ValueError(f"{file[0]}: {piece.name} has shape {got}, but {hf_name} makes it {want}")
-                    data = tensor.data if piece.expert is None else tensor.data[piece.expert]
-                    what = f"{file[0]}: {piece.name} ({tensor.tensor_type.name}, from {hf_name})"
-                    _compare(data, tensor.tensor_type, expected, by_importance, what, advance)
+        for hf_name, piece in ((hf_name, piece) for hf_name, parts in places.items() for piece in parts):
+            want = piece.shape if piece.expert is None else (counts[piece.name], *piece.shape)
+            for own, paths in zip(written, where, strict=True):
+                if (got := tuple(int(n) for n in reversed(own[piece.name].shape))) != want:
+                    raise ValueError(
+                        f"{paths[piece.name]}: {piece.name} has shape {got}, but {hf_name} makes it {want}"
+                    )
+            for start, rows in _rows(hf_name, tensors[hf_name], piece):
+                for own, paths, by_importance in zip(written, where, weighted, strict=True):
+                    tensor, path = own[piece.name], paths[piece.name]
+                    data = _read_rows(path, tensor, piece, start, len(rows))
+                    what = f"{path}: {piece.name} ({tensor.tensor_type.name}, from {hf_name})"
+                    _compare(data, tensor.tensor_type, rows, by_importance, start, what)
+                    advance(rows.size)
 
 
-def _compare(
-    data: np.ndarray,
-    type: GgmlType,
-    expected: np.ndarray,
-    weighted: bool,
-    what: str,
-    advance: Callable[[int], None],
-) -> None:
-    """Compares what was read, by rows of its first axis, with the values that were to be written."""
-    for part in _row_chunks(expected.shape):
-        got, want = gguf.quants.dequantize(data[part], type), expected[part]
-        bad = ~(np.abs(got - want) <= _bound(want, type, weighted))  # written so that NaN counts as bad
+def _checksum(path: Path, tensor: gguf.ReaderTensor) -> int:
+    checksum, end = 0, tensor.data_offset + tensor.n_bytes
+    for offset in range(tensor.data_offset, end, _CHUNK):
+        checksum = zlib.crc32(_read(path, offset, min(_CHUNK, end - offset)), checksum)
+    return checksum
+
+
+def _read_rows(path: Path, tensor: gguf.ReaderTensor, piece: Piece, start: int, count: int) -> np.ndarray:
+    """Entries of the first axis of a tensor, or of an expert's share of it, uint8 [count, ..., bytes of a row]."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    whole = math.prod(piece.shape) // block * block_bytes
+    each = whole // piece.shape[0]
+    offset = tensor.data_offset + (piece.expert or 0) * whole + start * each
+    return _read(path, offset, count * each).reshape(count, *piece.shape[1:-1], -1)
+
+
+def _read(path: Path, offset: int, count: int) -> np.ndarray:
+    """Bytes of a file. Read, not mapped: pages of a mapping stay in memory, and would be the whole file in the end."""
+    return np.fromfile(path, np.uint8, count, offset=offset)
+
+
+def _compare(data: np.ndarray, type: GgmlType, want: np.ndarray, weighted: bool, start: int, what: str) -> None:
+    """Compares rows that were read, from row `start` on, with the values that were to be written."""
+    for part in _row_chunks(want.shape, _COMPARED):
+        x = want[part]
+        got = gguf.quants.dequantize(data[part], type).reshape(x.shape)
+        bad = ~(np.abs(got - x) <= _bound(x, type, weighted))  # written so that NaN counts as bad
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             raise ValueError(
-                f"{what}: {got[where]} was read back at {(part.start + where[0], *where[1:])} where {want[where]} "
+                f"{what}: {got[where]} was read back at {(start + part.start + where[0], *where[1:])} where {x[where]} "
                 f"was to be written; {int(bad.sum())} elements of these rows differ by more than the type allows"
             )
-        advance(want.size)
 
 
 def _bound(x: np.ndarray, type: GgmlType, weighted: bool) -> np.ndarray | float:
@@ -470,7 +519,7 @@ def _plan(tensors: Mapping[str, TensorSource], shape: ModelShape) -> list[_Plann
             raise ValueError(f"tensor {hf_name!r} does not belong to a model as config.json has it")
     parts: dict[str, list[_Part]] = {}
     for name, factors in rope_factors(shape).items():
-        parts[name] = [_Part(name, _Computed(factors), Piece(name, None, factors.shape, lambda values: values))]
+        parts[name] = [_Part(name, _Computed(factors), Piece(name, None, factors.shape, unchanged))]
     for hf_name, size in expected.items():
         source = tensors[hf_name]
         if tuple(source.shape) != size:
@@ -503,8 +552,7 @@ class _Disk:
                 f"{self.needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free there. {unchanged}"
                 "Free some space, choose another folder, or a smaller file type (q8_0, q4_k_m)"
             )
-            # numpy, unlike open files, does not say why it could not write
-            raise OSError(error.errno or errno.EIO, message) from error
+            raise OSError(error.errno, message) from error
 
 
 class _File:
@@ -516,6 +564,7 @@ class _File:
         self.scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         self.writer: gguf.GGUFWriter | None = None
         self.parts = 1
+        self.part_of: dict[str, int] = {}  # which part of a split file a tensor is in
         self.checksums: dict[str, int] = {}  # CRC-32 of each tensor written
 
     def open(
@@ -535,6 +584,7 @@ class _File:
             numbers, size = np.dtype(np.float32), self.sizes[tensor.name]
             writer.add_tensor_info(tensor.name, tensor.shape, numbers, size, self.types[tensor.name])
         self.parts = len(writer.tensors)
+        self.part_of = {key: i for i, part in enumerate(writer.tensors) for key in part}
         add_model(writer, shape, FILE_TYPES[self.type_name][0], name)
         if weights is not None:
             writer.add_string("quantize.imatrix.file", weights.path.name)
@@ -549,8 +599,19 @@ class _File:
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
 
+    def write(self, name: str, data: np.ndarray) -> None:
+        """Write bytes of a tensor after those that are there; tensors must come in the plan's order."""
+        assert self.writer is not None and self.writer.fout is not None
+        out = self.writer.fout[self.part_of[name]]
+        if name not in self.checksums:
+            self.writer.write_padding(out, out.tell())
+        out.write(data)
+        self.checksums[name] = zlib.crc32(data, self.checksums.get(name, 0))
+
     def finish(self) -> None:
-        assert self.writer is not None
+        assert self.writer is not None and self.writer.fout is not None
+        for file in self.writer.fout:
+            self.writer.write_padding(file, file.tell())
         self.writer.flush()
         for file in self.writer.fout or ():  # the rename must not reach the disk before the data
             os.fsync(file.fileno())
@@ -593,22 +654,47 @@ def _write(
     progress: bool,
     device: Any,
 ) -> None:
-    with _progress_bar(f"writing {', '.join(file.type_name for file in files)}", disk.needed, progress) as advance:
+    on_gpu = device is not None and device.platform != "cpu"
+
+    def work() -> Iterator[Callable[[], tuple[str, dict[GgmlType, np.ndarray]]]]:
         for tensor in plan:
             types = dict.fromkeys(file.types[tensor.name] for file in files)  # files may share one
             importance = None if weights is None else weights.of(tensor.name, tensor.shape)
-            converted = _converted(tensor, list(types), importance, device)
+            for i, part in enumerate(tensor.parts):
+                own = importance[i] if tensor.stacked and importance is not None else importance
+                chunk = _GPU_CHUNK if on_gpu else _CHUNK
+                for start, rows in _rows(part.hf_name, part.source, part.piece, chunk):
+                    one = functools.partial(_converted, rows, start, part.hf_name, importance=own, device=device)
+                    yield lambda name=tensor.name, types=types, one=one: (
+                        name,
+                        {type: one(type=type) for type in types},
+                    )
+
+    with _progress_bar(f"writing {', '.join(file.type_name for file in files)}", disk.needed, progress) as advance:
+        for name, converted in _in_turn(work(), _AT_ONCE if on_gpu else 1):
             for file in files:
-                assert file.writer is not None
-                data = converted[file.types[tensor.name]]
-                file.checksums[tensor.name] = zlib.crc32(data)
+                data = converted[file.types[name]]
                 with disk.explained():
-                    file.writer.write_tensor_data(data)
-                advance(file.sizes[tensor.name])
-            del converted, data  # before the next are made
+                    file.write(name, data)
+                advance(data.nbytes)
     with disk.explained():
         for file in files:
             file.finish()
+
+
+def _in_turn(work: Iterable[Callable[[], Any]], at_once: int) -> Iterator[Any]:
+    """What the functions return, in their order; some are run while others are waited for."""
+    if at_once == 1:
+        yield from (one() for one in work)
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        waiting: collections.deque[Future] = collections.deque()
+        for one in work:
+            waiting.append(pool.submit(one))
+            if len(waiting) > at_once:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @contextlib.contextmanager
@@ -619,51 +705,43 @@ def _progress_bar(what: str, total: int, enabled: bool) -> Iterator[Callable[[in
         yield lambda amount: bar.advance(task, amount)
 
 
+def _rows(hf_name: str, source: TensorSource, piece: Piece, elements: int = _CHUNK) -> Iterator[tuple[int, np.ndarray]]:
+    """A tensor's values in the file's order, float32: (first entry of the first axis, some entries) after each other.
+
+    Raises ValueError if the source gives other than it said.
+    """
+    wanted, start = tuple(source.shape), 0
+
+    def check(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        if values.dtype != np.float32 or values.shape != shape:
+            raise ValueError(f"{hf_name} was read as {values.dtype} {values.shape}, wanted float32 {shape}")
+        return values
+
+    if piece.reorder is unchanged and (blocks := getattr(source, "blocks", None)) is not None:
+        parts = (check(block, (len(block), *wanted[1:])) for block in blocks())
+    else:
+        parts = (piece.reorder(check(values, wanted)) for values in (source.read(),))
+    for values in parts:
+        for rows in _row_chunks(values.shape, elements):
+            yield start + rows.start, np.ascontiguousarray(values[rows])
+        start += len(values)
+    if start != piece.shape[0]:
+        raise ValueError(f"{hf_name} was read as {start} rows, wanted {piece.shape[0]}")
+
+
 def _converted(
-    tensor: _Planned, types: list[GgmlType], importance: np.ndarray | None, device: Any
-) -> dict[GgmlType, np.ndarray]:
-    """The tensor's values as they stand in a file of each type: bytes [..., bytes of a row]."""
-    if not tensor.stacked:
-        return _converted_part(tensor.parts[0], types, importance, device)
-    stacks: dict[GgmlType, np.ndarray] = {}
-    for i, part in enumerate(tensor.parts):
-        of_expert = None if importance is None else importance[i]
-        for type, data in _converted_part(part, types, of_expert, device).items():
-            if type not in stacks:
-                stacks[type] = np.empty((len(tensor.parts), *data.shape), data.dtype)
-            stacks[type][i] = data
-    return stacks
-
-
-def _converted_part(
-    part: _Part, types: list[GgmlType], importance: np.ndarray | None, device: Any
-) -> dict[GgmlType, np.ndarray]:
-    values, wanted = part.source.read(), tuple(part.source.shape)
-    if values.dtype != np.float32 or values.shape != wanted:
-        raise ValueError(f"{part.hf_name} was read as {values.dtype} {values.shape}, wanted float32 {wanted}")
-    values = np.ascontiguousarray(part.piece.reorder(values))
-    for rows in _row_chunks(values.shape):
-        for type in types:
-            _check_range(values[rows], part.hf_name, type)
-    converted = {}
-    for type in types:
-        if type == GgmlType.F32:
-            converted[type] = values
-            continue
-        block, block_bytes = gguf.GGML_QUANT_SIZES[type]
-        out = np.empty((*values.shape[:-1], values.shape[-1] // block * block_bytes), np.uint8)
-        for rows in _row_chunks(values.shape):
-            if importance is not None and importance.ndim == 2:  # a stack in one tensor: per matrix
-                for i in range(rows.start, rows.stop):
-                    out[i] = quantize(values[i], type, importance[i], device=device)
-            else:
-                out[rows] = quantize(values[rows], type, importance, device=device)
-        converted[type] = out
-    return converted
+    values: np.ndarray, start: int, hf_name: str, *, type: GgmlType, importance: np.ndarray | None, device: Any
+) -> np.ndarray:
+    """Rows of a tensor, from row `start` on, as they stand in a file: uint8 [..., bytes of a row]."""
+    _check_range(values, hf_name, type)
+    if importance is not None and importance.ndim == 2:  # of each matrix in a stack that is one tensor
+        each = zip(values, importance[start:], strict=False)
+        return np.stack([quantize(matrix, type, own, device=device) for matrix, own in each])
+    return quantize(values, type, importance, device=device)
 
 
 def _check_range(values: np.ndarray, hf_name: str, type: GgmlType) -> None:
-    largest = np.abs(values).max()
+    largest = max(values.max(), -values.min())  # NaN is the largest
     if not np.isfinite(largest):
         raise ValueError(f"{hf_name} holds NaN or infinity: the model is broken, nothing was written")
     exact = type in (GgmlType.F32, GgmlType.BF16)
@@ -675,7 +753,7 @@ def _check_range(values: np.ndarray, hf_name: str, type: GgmlType) -> None:
         )
 
 
-def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
-    rows = max(1, _CHUNK // math.prod(shape[1:]))
+def _row_chunks(shape: tuple[int, ...], elements: int) -> Iterator[slice]:
+    rows = max(1, elements // math.prod(shape[1:]))
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import gguf
 import numpy as np
 
-__all__ = ["Layout", "Piece", "pieces"]
+__all__ = ["Layout", "Piece", "pieces", "unchanged"]
 
 # Rows of q and k are permuted where llama.cpp rotates neighbouring features instead of halves of a head.
 _PERMUTED = ("llama", "mistral3", "smollm3", "granite")
@@ -43,7 +43,7 @@ class Piece:
     name: str  # of the file's tensor
     expert: int | None  # its place in that, which is a stack; None if it is the whole
     shape: tuple[int, ...]  # in the file
-    reorder: Callable[[np.ndarray], np.ndarray]  # Hugging Face's values -> the file's, of that shape
+    reorder: Callable[[np.ndarray], np.ndarray]  # Hugging Face's values -> the file's, of that shape; or `unchanged`
 
 
 def pieces(hf_name: str, shape: tuple[int, ...], layout: Layout) -> list[Piece]:
@@ -87,7 +87,12 @@ def _order(name: str, layout: Layout) -> Callable[[np.ndarray], np.ndarray]:
         return functools.partial(_interleaved, heads)
     if name.endswith("norm.weight") and layout.architecture in _PLUS_ONE:
         return lambda weight: weight + np.float32(1)
-    return lambda values: values
+    return unchanged
+
+
+def unchanged(values: np.ndarray) -> np.ndarray:
+    """The values: any part of them is the same part in the file."""
+    return values
 
 
 def _interleaved(heads: int, values: np.ndarray) -> np.ndarray:

@@ -120,7 +120,12 @@ def write_gguf_lora(
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
+            writer.write_ti_data_to_file()
+            assert writer.fout is not None
+            for tensor in converted.values():  # the library's own way hides why a disk refuses
+                writer.write_padding(writer.fout[0], writer.fout[0].tell())
+                writer.fout[0].write(np.ascontiguousarray(tensor))
+            writer.write_padding(writer.fout[0], writer.fout[0].tell())
         finally:
             writer.close()
         _verify(scratch, path, converted, ADAPTER_TYPES[file_type][0])

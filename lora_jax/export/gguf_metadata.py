@@ -31,6 +31,9 @@ ARCHITECTURES = {
     "Olmo3ForCausalLM": "olmo2",
     "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite",
+    "Glm4ForCausalLM": "glm4",
+    "Exaone4ForCausalLM": "exaone4",
+    "SeedOssForCausalLM": "seed_oss",
     "Qwen2MoeForCausalLM": "qwen2moe",
     "Qwen3MoeForCausalLM": "qwen3moe",
     "GptOssForCausalLM": "gpt-oss",
@@ -38,11 +41,13 @@ ARCHITECTURES = {
     "DeepseekV3ForCausalLM": "deepseek2",
 }
 # What of a linear layer's biases llama.cpp reads; of the others there are none.
-_WITH_BIASES = {"llama": ("qkv", "out", "mlp"), "qwen2": ("qkv",), "qwen2moe": ("qkv",), "gpt-oss": ("qkv", "out")}
-_WITH_FREQUENCY_FACTORS = ("llama", "mistral3", "granite")  # that rotate by the factors of Llama 3
-_WITH_WINDOWS = ("gemma2", "gemma3", "olmo2", "gpt-oss")
+_WITH_BIASES: dict[str, tuple[str, ...]] = dict.fromkeys(("qwen2", "qwen2moe", "glm4", "seed_oss"), ("qkv",))
+_WITH_BIASES |= {"llama": ("qkv", "out", "mlp"), "gpt-oss": ("qkv", "out")}
+_WITH_FREQUENCY_FACTORS = ("llama", "mistral3", "granite", "exaone4")  # that rotate by the factors of Llama 3
+_WITH_WINDOWS = ("gemma2", "gemma3", "olmo2", "gpt-oss", "exaone4")
 _WITH_YARN_BETAS = ("mistral3",)  # that read them from the file
 _LATENT_EPS = 1e-6  # of the norms of DeepSeek's short vectors, whatever that of the others is
+_EXAONE_WITH_WINDOWS = 64  # layers of the one EXAONE 4 in which llama.cpp has windows
 _GPT_OSS_CLAMP = (1.702, 7.0)  # alpha and limit, constants in llama.cpp
 _YARN_BETAS = (32.0, 1.0)  # beta_fast, beta_slow: the defaults of transformers and llama.cpp
 
@@ -116,7 +121,9 @@ def _why_not(shape: ModelShape) -> str | None:
             return f"rotation of layers with a window but a plain one, got {local}"
     if name == "smollm3" and c.nope_layers != tuple(range(3, c.num_layers, 4)):
         return f"layers without rotation but every fourth (no_rope_layers), got {c.nope_layers}"
-    if name == "granite" and c.head_dim * c.num_heads != c.hidden_size:
+    if name == "exaone4" and any(c.windows) and c.num_layers != _EXAONE_WITH_WINDOWS:
+        return f"windows in a model of {c.num_layers} layers, only in one of {_EXAONE_WITH_WINDOWS}"
+    if name in ("granite", "exaone4") and c.head_dim * c.num_heads != c.hidden_size:
         return f"heads of {c.head_dim} features on a width of {c.hidden_size}"
     return None
 
@@ -148,7 +155,7 @@ def _why_not_experts(shape: ModelShape) -> str | None:
 def _why_not_deepseek(shape: ModelShape) -> str | None:
     c = shape.decoder
     assert c.moe is not None and c.mla is not None
-    if not c.mla.interleaved:
+    if not c.interleaved:
         return "rotation of halves of a head (rope_interleave=False)"
     # It tells V2-Lite, whose queries have no short vector, by its number of layers.
     lite = c.num_layers in (26, 27) or (c.num_layers == 48 and c.vocab_size == 128256)
@@ -303,7 +310,7 @@ def _add_windows(writer: gguf.GGUFWriter, shape: ModelShape) -> None:
     windows = [w is not None for w in c.windows]
     # of gpt-oss, llama.cpp takes one in every other layer for granted
     usual = shape.architecture == "gpt-oss" and windows == [i % 2 == 0 for i in range(c.num_layers)]
-    if window is not None and shape.architecture in ("olmo2", "gpt-oss") and not usual:
+    if window is not None and shape.architecture in ("olmo2", "gpt-oss", "exaone4") and not usual:
         writer.add_sliding_window_pattern(windows)
     if c.local_rope is not None and shape.architecture in ("gemma3", "olmo2"):
         writer.add_rope_freq_base_swa(c.local_rope.theta)

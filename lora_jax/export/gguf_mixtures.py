@@ -12,6 +12,8 @@ import gguf
 from gguf import GGMLQuantizationType as GgmlType
 from gguf import LlamaFileType as FileType
 
+from lora_jax.config import did_you_mean
+
 __all__ = ["FILE_TYPES", "MixedModel", "file_types", "tensor_types"]
 
 # Name -> (llama.cpp's file type, type of most tensors).
@@ -100,7 +102,8 @@ def file_types(names: str | Sequence[str] | None, dtype: str = "bf16") -> list[s
             why = "is one of the types that are not written here" if codebook else "is not known"
             advice = ", ".join([*FILE_TYPES, *_ALIASES, "not_quantized"])
             more = "; write f16 and use llama-quantize with an importance matrix" if codebook else ""
-            raise ValueError(f"GGUF file type {given!r} {why}; choose one of {advice}{more}")
+            hint = "" if codebook else f".{did_you_mean(name, [*FILE_TYPES, *_ALIASES])}"
+            raise ValueError(f"GGUF file type {given!r} {why}; choose one of {advice}{more}{hint}")
         if name not in found:
             found.append(name)
     if not found:

@@ -15,6 +15,8 @@ from typing import Any
 
 from gguf import TokenType
 
+from lora_jax.loading import load_tokenizer
+
 # The regular expressions by which known tokenizers cut a text. llama.cpp spells the case-insensitive contractions out.
 _CONTRACTIONS = ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -59,11 +61,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
 
     Raises FileNotFoundError if there is none, ValueError if llama.cpp has no tokenizer known to give the same ids.
     """
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise FileNotFoundError(f"no tokenizer in {folder} (wanted tokenizer.json); copy it there from the base model")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"the tokenizer in {folder} is a {type(tokenizer).__name__} without tokenizer.json")
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -82,10 +80,12 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
     if spec["model"].get("continuing_subword_prefix") or spec["model"].get("end_of_word_suffix"):
         raise ValueError(_refusal(folder, "its pieces have a subword prefix or suffix"))
 
+    whole: set[int] = set()
     if spec["model"].get("byte_fallback"):
         model, pre, merges = "llama", "default", None
+        whole = _spm_whole(spec, notes)
         add_space_prefix = _spm_space_prefix(spec, folder, notes)
-        scores = _spm_scores(spec, texts, set(added), vocab_size, folder)
+        scores = _spm_scores(spec, texts, set(added) | whole, vocab_size, folder)
     else:
         model, pre, scores = "gpt2", _bpe_pre(spec, folder, notes), None
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
@@ -100,7 +100,9 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
         model=model,
         pre=pre,
         tokens=[texts.get(id, f"[PAD{id}]") for id in range(vocab_size)],
-        types=[_token_type(id, texts, added, spec) for id in range(vocab_size)],
+        types=[
+            TokenType.USER_DEFINED if id in whole else _token_type(id, texts, added, spec) for id in range(vocab_size)
+        ],
         merges=merges,
         scores=scores,
         special_ids=_special_ids(tokenizer, folder, texts, vocab_size, notes),
@@ -145,6 +147,10 @@ def _bpe_pre(spec: Mapping[str, Any], folder: Path, notes: list[str]) -> str:
             pre = "qwen2"
         elif regex in _TEKKEN:
             pre = "tekken"
+            notes.append(
+                "llama.cpp cuts words at combining marks, as in Devanagari, where this tokenizer does not: such text "
+                "gets other ids there, as in every GGUF file of it"
+            )
     ignore_merges = spec["model"].get("ignore_merges", False)
     if pre is None or (ignore_merges and pre not in ("llama-bpe", "tekken")):
         why = f"pre-tokenizer {json.dumps(spec['pre_tokenizer'])[:300]}, ignore_merges {ignore_merges}"
@@ -156,6 +162,26 @@ def _bpe_pre(spec: Mapping[str, Any], folder: Path, notes: list[str]) -> str:
     return pre
 
 
+def _spm_whole(spec: Mapping[str, Any], notes: list[str]) -> set[int]:
+    """Ids of the tokens that a SentencePiece-like tokenizer cuts out of the text before it merges anything."""
+    vocab = spec["model"]["vocab"]
+    whole = [text for step in _parts(spec["pre_tokenizer"], "pretokenizers") for text in _literals(step)]
+    if any(text not in vocab for text in whole):
+        return set()  # then `_spm_space_prefix` refuses the step
+    if whole:
+        notes.append(f"llama.cpp also puts a space before text that follows {min(whole)} and {len(whole) - 1} more")
+    return {vocab[text] for text in whole}
+
+
+def _literals(step: Mapping[str, Any]) -> list[str]:
+    """The texts at which a pre-tokenizer's step cuts, if it is of that kind: one of them, or one of another."""
+    if step["type"] != "Split" or step["behavior"] != "Isolated" or step["invert"] or "Regex" not in step["pattern"]:
+        return []
+    escaped = step["pattern"]["Regex"].split("|")
+    texts = [re.sub(r"\\(.)", r"\1", text) for text in escaped]
+    return texts if all(re.fullmatch(r"(\\\W|[^\\.^$*+?{}\[\]()])+", text) for text in escaped) else []
+
+
 def _spm_space_prefix(spec: Mapping[str, Any], folder: Path, notes: list[str]) -> bool:
     """Whether a SentencePiece-like tokenizer puts a space before the text."""
     scheme, replaced = "never", False
@@ -164,11 +190,15 @@ def _spm_space_prefix(spec: Mapping[str, Any], folder: Path, notes: list[str]) -
             scheme = "always"
         elif step == {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}:
             replaced = True
+        elif replaced and step == {"type": "Replace", "pattern": {"Regex": rf"\A{_SPACE}"}, "content": 2 * _SPACE}:
+            pass  # so that Metaspace's rule "always" holds for text that begins with a space, too
         else:
             raise ValueError(_refusal(folder, f"normalizer {json.dumps(step)}"))
     for step in _parts(spec["pre_tokenizer"], "pretokenizers"):
         if replaced and step["type"] == "Split" and step["pattern"] == {"String": " "}:
             continue  # Gemma cuts at spaces, of which the normalizer has left none
+        if (texts := _literals(step)) and all(text in spec["model"]["vocab"] for text in texts):
+            continue
         if step["type"] != "Metaspace" or step["replacement"] != _SPACE or step.get("split", True):
             raise ValueError(_refusal(folder, f"pre-tokenizer {json.dumps(step)}"))
         scheme = step["prepend_scheme"]

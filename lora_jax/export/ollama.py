@@ -10,6 +10,8 @@ Modelfile: https://docs.ollama.com/modelfile; variables and functions of templat
 import dataclasses
 import datetime
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -270,6 +272,9 @@ def save_ollama(
     merge_base: str = "dequantized",
     overwrite: bool = False,
     verbose: bool = True,
+    gguf: Path | None = None,
+    imatrix: Path | None = None,
+    device: Any = None,
 ) -> Path:
     """Writes a folder for `ollama create NAME -f FOLDER/Modelfile`; returns the folder.
 
@@ -283,6 +288,8 @@ def save_ollama(
       merge_base: "dequantized" or "original", see `lora_jax.export.merge`.
       overwrite: replace an existing folder.
       verbose: show progress.
+      gguf: a file of the merged model that is there already; it is linked to, or copied where that is not possible.
+      imatrix, device: of the file that is written instead, as `lora_jax.export.gguf.write_ggufs`.
 
     Raises:
       ValueError: unknown type; `base` without `as_adapter`; as `save_gguf` and `save_gguf_lora`.
@@ -301,16 +308,29 @@ def save_ollama(
     with folder_aside(folder, overwrite, kept=[model.source]) as aside:
         adapter = f"./{save_gguf_lora(model, aside).name}" if as_adapter else None
         if base is None and as_adapter:
-            base = f"./{_base_gguf(model, aside, tokenizer, file_type, verbose).name}"
+            options: dict[str, Any] = {"progress": verbose, "imatrix": imatrix, "device": device}
+            base = f"./{_base_gguf(model, aside, tokenizer, file_type, options).name}"
+        elif base is None and gguf is not None:
+            base = f"./{_linked(gguf, aside).name}"
         elif base is None:
-            (path,) = model.save_pretrained_gguf(aside, tokenizer, file_type, merge_base=merge_base, verbose=verbose)
+            options = {"merge_base": merge_base, "verbose": verbose, "imatrix": imatrix, "device": device}
+            (path,) = model.save_pretrained_gguf(aside, tokenizer, file_type, **options)
             base = f"./{path.name}"
         text = modelfile(base, tokenizer, generation, model.max_seq_length, adapter=adapter)
         (aside / "Modelfile").write_text(text, encoding="utf-8")
     return folder
 
 
-def _base_gguf(model: "CausalLM", folder: Path, tokenizer: Any, file_type: str, verbose: bool) -> Path:
+def _linked(file: Path, folder: Path) -> Path:
+    path = folder / file.name
+    try:
+        os.link(file, path)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(file, path)
+    return path
+
+
+def _base_gguf(model: "CausalLM", folder: Path, tokenizer: Any, file_type: str, options: dict[str, Any]) -> Path:
     """The model without its adapter as a GGUF file."""
     from lora_jax.export.gguf import write_gguf
     from lora_jax.export.gguf_mixtures import file_types
@@ -324,4 +344,4 @@ def _base_gguf(model: "CausalLM", folder: Path, tokenizer: Any, file_type: str, 
         copy_small_files(model.source, Path(small), tokenizer)
         (Path(small) / "config.json").write_text(json.dumps(model.hf_config), encoding="utf-8")
         path = folder / f"{name}.{file_type.upper()}.gguf"
-        return write_gguf(path, tensors, model.hf_config, small, file_type, name=name, progress=verbose)
+        return write_gguf(path, tensors, model.hf_config, small, file_type, name=name, **options)

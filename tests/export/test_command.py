@@ -1,18 +1,24 @@
 """`lora-jax export`: every target at once, what is wrong is found, and nothing half-made is left."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
-import gguf
+import numpy as np
 import pytest
 
 from lora_jax import get_peft_model
 from lora_jax.export import command, hub, verify
+from lora_jax.export import gguf as gguf_export
 from lora_jax.export import hf as hf_export
 from lora_jax.export.command import Target, export, parse_targets
 from lora_jax.loading import load_tokenizer
@@ -139,6 +145,8 @@ def test_distances_of_answers(model, tokenizer):
     ("names", "message"),
     [
         (["onnx"], "--to onnx is unknown; there are peft, hf, bnb-4bit, gguf-lora:f32.*gguf:q8_0"),
+        (["guf:q8_0"], "Did you mean 'gguf'"),
+        (["gguf:q4_km"], "Did you mean 'q4_k_m'"),
         (["gguf"], "--to gguf is unknown"),
         (["gguf:q9"], "(?i)q9"),
         (["gguf-lora:q8_0"], "--to gguf-lora:q8_0 is unknown"),
@@ -181,7 +189,7 @@ def test_nothing_is_left_of_what_was_stopped(error, model, tokenizer, tmp_path, 
     def stop(*_, **__):
         raise error
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", stop)
+    monkeypatch.setattr("lora_jax.export.gguf._File.write", stop)
     with pytest.raises((KeyboardInterrupt, OSError)):
         run(model, tokenizer, ["hf", "gguf:f32"], tmp_path / "out", overwrite=True, answers=False)
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
@@ -192,39 +200,137 @@ def test_nothing_is_left_of_what_was_stopped(error, model, tokenizer, tmp_path, 
 
 
 FILLS = """
-import resource, sys
+import collections, resource, shutil, subprocess, sys
 from pathlib import Path
 from lora_jax.export.command import export, parse_targets
 from lora_jax.loading import load_tokenizer
 from tests import tiny
 from lora_jax import get_peft_model
 
-folder, out, names, limits = sys.argv[1], Path(sys.argv[2]), sys.argv[3].split(), sys.argv[4].split()
-model = get_peft_model(tiny.open_model(Path(folder)), r=4, verbose=False)
+folder, out, how, names, points = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4].split(), sys.argv[5].split()
+model = tiny.randomize_adapter(get_peft_model(tiny.open_model(Path(folder)), r=4, verbose=False))
 tokenizer = load_tokenizer(Path(folder))
-for limit in map(int, limits):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    for name in names:
-        try:
-            export(model, tokenizer, parse_targets([name]), out, answers=False, verbose=False)
-        except OSError as error:
-            print(name, limit, error.errno, sorted(path.name for path in out.iterdir()))
+# Room is looked for before anything is written. Here it vanishes while something is.
+shutil.disk_usage = lambda _: collections.namedtuple("Usage", "total used free")(1 << 40, 0, 1 << 40)
+
+def run(name):
+    export(model, tokenizer, parse_targets([name]), out, answers=False, verbose=False)
+
+def limited(name, size):
+    if how == "disk":
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(out)], check=True)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        run(name)
+        print(name, size, "whole")
+    except OSError as error:
+        print(name, size, error.errno, sorted(path.name for path in out.iterdir()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        if how == "disk":
+            subprocess.run(["umount", str(out)], check=True)
+
+for name in names:
+    run(name)
+    sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
+    shutil.rmtree(out)
+    out.mkdir()
+    for point in map(float, points):
+        limited(name, int(point * (sum(sizes) if how == "disk" else max(sizes))) + 1)
 """
+FILLED = ["peft", "hf", "bnb-4bit", "gguf:f16", "gguf:q4_k_m", "gguf-lora", "ollama:q8_0", "ollama-lora:f16"]
+
+
+def expect_nothing_left(base, out, how, points, command):
+    arguments = [str(base), str(out), how, " ".join(FILLED), " ".join(map(str, points))]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [*command, sys.executable, "-c", FILLS, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split(" ", 3) for line in done.stdout.splitlines() if line.split(" ")[0] in FILLED]
+    assert [line[0] for line in lines] == [name for name in FILLED for _ in points]
+    for name, size, *found in lines:
+        assert found == [str(errno.ENOSPC if how == "disk" else errno.EFBIG), "[]"], (name, size, found)
 
 
 def test_files_that_cannot_grow(base, tmp_path):
-    """A limit on the size of files stands in for a disk that fills up while one is written."""
-    names, limits = ["peft", "hf", "bnb-4bit", "gguf:f16", "gguf-lora", "ollama:f16"], [100, 20_000]
-    arguments = [str(base), str(tmp_path / "out"), " ".join(names), " ".join(map(str, limits))]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [sys.executable, "-c", FILLS, *arguments], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.split(" ", 3) for line in done.stdout.splitlines() if line.split(" ")[0] in names]
-    assert [line[:2] for line in lines] == [[name, str(limit)] for limit in limits for name in names]
-    assert {line[3] for line in lines} == {"[]"}
+    """A limit on the size of files stands in for a disk that fills up at a random point, of any order of magnitude."""
+    points = [0.95 * 10 ** np.random.default_rng().uniform(-3, 0)]
+    print("points", points)
+    expect_nothing_left(base, tmp_path / "out", "files", points, [])
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_anywhere(base, tmp_path):
+    """A file system in memory that is smaller than what is written, by random parts of it."""
+    command = ["unshare", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs Linux' unshare with user namespaces")
+    points = np.random.default_rng().uniform(0.02, 0.9, 6)
+    print("points", list(points))
+    expect_nothing_left(base, tmp_path / "out", "disk", points, command)
+
+
+def test_what_a_kill_would_leave(model, tokenizer, tmp_path):
+    """Looked at every few milliseconds: what stands under its final name is whole from the first moment on."""
+    out, seen, done = tmp_path / "out", [], threading.Event()
+
+    def look():
+        while not done.is_set():
+            for folder in out.glob("[!.]*"):
+                with contextlib.suppress(FileNotFoundError):
+                    seen.append((folder.name, sizes_of(folder)))
+            time.sleep(0.002)
+
+    def sizes_of(folder):
+        return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        run(model, tokenizer, FILLED, out, answers=False)
+    finally:
+        done.set()
+        watcher.join()
+    whole = {folder.name: sizes_of(folder) for folder in out.iterdir()}
+    assert set(whole) == {name.split(":")[0] for name in FILLED}
+    assert all(sizes == whole[kind] for kind, sizes in seen)
+
+
+def test_gguf_and_ollama_share_one_pass(model, tokenizer, tmp_path, monkeypatch):
+    passes, write = [], gguf_export.write_ggufs
+    monkeypatch.setattr(
+        gguf_export, "write_ggufs", lambda paths, *a, **o: passes.append([*paths]) or write(paths, *a, **o)
+    )
+    run(model, tokenizer, ["ollama:q8_0", "gguf:f16", "gguf:q8_0"], tmp_path / "a", answers=False)
+    run(model, tokenizer, ["gguf:f16", "ollama:q4_0"], tmp_path / "b", answers=False)
+    assert passes == [["f16", "q8_0"], ["f16", "q4_0"]]
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {
+        *("a/gguf/model.F16.gguf", "a/gguf/model.Q8_0.gguf", "a/ollama/model.Q8_0.gguf", "a/ollama/Modelfile"),
+        *("b/gguf/model.F16.gguf", "b/ollama/model.Q4_0.gguf", "b/ollama/Modelfile"),
+    }
+    gguf, ollama = (tmp_path / "a" / kind / "model.Q8_0.gguf" for kind in ("gguf", "ollama"))
+    assert gguf.samefile(ollama) and "FROM ./model.Q8_0.gguf" in (tmp_path / "a" / "ollama" / "Modelfile").read_text()
+    with pytest.raises(ValueError, match="max_shard_size splits GGUF files, and Ollama takes whole ones"):
+        run(model, tokenizer, ["gguf:f16", "ollama"], tmp_path / "c", max_shard_size="1MB")
+
+
+def test_options_of_gguf_files(model, tokenizer, tmp_path):
+    run(model, tokenizer, ["gguf:q4_0"], tmp_path / "out", answers=False, max_shard_size="100KB")
+    files = sorted(path.name for path in (tmp_path / "out" / "gguf").iterdir())
+    assert len(files) > 1 and files[0] == f"model.Q4_0-00001-of-{len(files):05d}.gguf"
+    (tmp_path / "imatrix").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is not a whole importance matrix"):
+        run(model, tokenizer, ["ollama:q4_0"], tmp_path / "more", answers=False, imatrix=tmp_path / "imatrix")
+    assert not list((tmp_path / "more").iterdir())
 
 
 class FakeHub:

@@ -102,6 +102,27 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3ForCausalLM", {"rope_theta": 5e6, "num_hidden_layers": 5}),
     "granite": ("GraniteForCausalLM", {**GRANITE, "rope_theta": 1e6}),
     "granite, llama3": ("GraniteForCausalLM", {**GRANITE, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
+    "glm4": ("Glm4ForCausalLM", {"head_dim": 24, "rope_theta": 1e4, "attention_bias": True}),
+    "glm4, yarn, no biases": (
+        "Glm4ForCausalLM",
+        {"rope_scaling": YARN, "partial_rotary_factor": 0.75, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "exaone4": (
+        "Exaone4ForCausalLM",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 4, "rope_theta": 1e6},
+    ),
+    "exaone4, windows, llama3": (
+        "Exaone4ForCausalLM",
+        {
+            "num_hidden_layers": 64,
+            "intermediate_size": 64,
+            "sliding_window": 7,
+            "sliding_window_pattern": "LLLG",
+            "layer_types": ["full_attention" if i % 4 == 3 else "sliding_attention" for i in range(64)],
+            "rope_scaling": {"rope_type": "llama3", **LLAMA3},
+        },
+    ),
+    "seed_oss": ("SeedOssForCausalLM", {"head_dim": 24, "rope_theta": 1e7, "attention_bias": True}),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "mixtral, wide heads, tied": (
         "MixtralForCausalLM",
@@ -309,6 +330,10 @@ def test_what_llamacpp_computes_otherwise_is_announced(name, tmp_path, capfd):
         ("GemmaForCausalLM", {"tie_word_embeddings": False}, r"head of its own \(tie_word_embeddings=False\)"),
         ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}, r"every fourth \(no_rope_layers\), got \(1, 3\)"),
         ("GraniteForCausalLM", {"head_dim": 32}, "heads of 32 features on a width of 64"),
+        ("Exaone4ForCausalLM", {"sliding_window": 7}, "windows in a model of 4 layers, only in one of 64"),
+        ("Exaone4ForCausalLM", {"sliding_window": None, "head_dim": 32}, "heads of 32 features on a width of 64"),
+        ("SeedOssForCausalLM", {"attention_out_bias": True}, "'seed_oss' has no biases"),
+        ("Glm4ForCausalLM", {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, "'glm4' has no rope type 'llama3'"),
         ("Olmo2ForCausalLM", {"rope_scaling": {**YARN, "truncate": False}}, "yarn rope scaling with truncate=False"),
     ],
 )
@@ -354,10 +379,14 @@ CONVERTED = [name for name in [*MODELS, *INEXACT] if name not in NOT_BY_CONVERTE
 
 
 @pytest.fixture(scope="module")
-def converted(oracle, tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
-    """converted(name) -> a model's folder, and what the names of its files by the converter begin with."""
+def converted(oracle, request, tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
+    """converted(name) -> a model's folder, and what the names of its files by the converter begin with.
+
+    One process of the converter for all models that this session's tests ask for.
+    """
     models, files = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("files")
-    for name in CONVERTED:
+    asked = {item.callspec.params["name"] for item in request.session.items if "converted" in item.fixturenames}
+    for name in asked:
         architecture, changes, *_ = (MODELS | INEXACT)[name]
         write_model(models / name, architecture, **changes)
     oracle("gguf_convert.py", models, files)

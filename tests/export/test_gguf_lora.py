@@ -128,7 +128,7 @@ def test_adapters_that_a_file_cannot_hold(tmp_path):
 
 def test_nothing_is_left_when_the_disk_fills(tmp_path, monkeypatch):
     model = adapted(write_model(tmp_path / "model", "LlamaForCausalLM"))
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", disk_full)
+    monkeypatch.setattr(gguf.GGUFWriter, "write_ti_data_to_file", disk_full)
     with pytest.raises(OSError, match="disk is full"):
         save_gguf_lora(model, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())

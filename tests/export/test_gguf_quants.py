@@ -7,9 +7,11 @@
 import collections
 import ctypes
 import errno
+import functools
 import importlib.util
 import json
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ import pytest
 from gguf import GGMLQuantizationType as GgmlType
 from safetensors import safe_open
 
+from lora_jax.export import gguf as gguf_export
 from lora_jax.export import gguf_quants
 from lora_jax.export.gguf import FILE_TYPES, file_types, verify_gguf, write_gguf, write_ggufs
 from lora_jax.export.gguf_imatrix import read_imatrix
@@ -251,7 +254,9 @@ def test_names() -> None:
         "q4_k_m", "q2_k_l", "q3_k_s", "q5_k_m", "q6_k",
     ]  # fmt: skip
     assert file_types(None) == list(FILE_TYPES)
-    with pytest.raises(ValueError, match=r"'q9_k' is not known; choose one of f32, f16, .*q2_k_l.*not_quantized$"):
+    with pytest.raises(
+        ValueError, match=r"'q9_k' is not known; choose one of f32, f16, .*q2_k_l.*not_quantized. Did you mean 'q._k'"
+    ):
         file_types("q9_k")
     with pytest.raises(ValueError, match=r"'iq2_xxs' is one of the types that are not written here; choose .* matrix"):
         file_types(["q4_0", "iq2_xxs"])
@@ -333,6 +338,22 @@ def test_every_type_in_one_pass(
         with LlamaCpp(tmp_path / f"{name}.gguf", config["vocab_size"]) as llama:
             found = llama.logprobs(IDS)
         assert -1e-3 <= np.sum(np.exp(expected) * (expected - found)) <= limit
+
+
+def test_chunks_of_a_gpu_come_in_order() -> None:
+    began: list[int] = []
+
+    def one(i: int) -> int:
+        began.append(i)
+        time.sleep(0.02 if i % 3 == 0 else 0)
+        return i
+
+    for at_once in (1, 3):
+        assert list(gguf_export._in_turn((functools.partial(one, i) for i in range(10)), at_once)) == list(range(10))
+    assert sorted(began) == sorted([*range(10)] * 2)
+    bad = iter([lambda: 1, lambda: 1 // 0, lambda: 3])
+    with pytest.raises(ZeroDivisionError):
+        list(gguf_export._in_turn(bad, 3))
 
 
 IDS = [int(i) for i in np.random.default_rng(1).integers(3, 600, 40)]
@@ -476,14 +497,15 @@ def test_verification_finds_a_wrong_element(file_type: str, tmp_path: Path, fold
 
 @pytest.mark.usefixtures("numpy_only")
 def test_verification_finds_a_changed_byte(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = gguf.GGUFWriter.write_tensor_data
+    write = gguf_export._File.write
 
-    def flip(writer: gguf.GGUFWriter, data: np.ndarray) -> None:
-        data = np.array(data)
-        data.view(np.uint8).reshape(-1)[-1] ^= 1
-        write(writer, data)
+    def flip(file: Any, name: str, data: np.ndarray) -> None:
+        write(file, name, data)
+        out = file.writer.fout[file.part_of[name]]
+        out.seek(-1, 1)
+        out.write(bytes([data.reshape(-1)[-1] ^ 1]))
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", flip)
+    monkeypatch.setattr(gguf_export._File, "write", flip)
     config = hf_config(**WIDE)
     with pytest.raises(ValueError, match="was not read back as it was written"):
         write_all(tmp_path, folder, config, random_weights(config), ["q4_k_m"])
@@ -495,14 +517,14 @@ def test_verification_finds_a_changed_byte(tmp_path: Path, folder: Path, monkeyp
 def test_a_disk_that_fills_leaves_nothing(
     calls: int, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, left = gguf.GGUFWriter.write_tensor_data, iter(range(calls))
+    write, left = gguf_export._File.write, iter(range(calls))
 
     def full(*arguments: Any) -> None:
         if next(left, None) is None:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(*arguments)
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    monkeypatch.setattr(gguf_export._File, "write", full)
     config = hf_config(**WIDE)
     with pytest.raises(OSError, match=r"could not write .*q4_k_m.gguf, .*q8_0.gguf .*No space left") as caught:
         write_all(tmp_path, folder, config, random_weights(config), ["q4_k_m", "q8_0"], max_shard_size="300KB")
