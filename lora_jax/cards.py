@@ -4,6 +4,8 @@ import dataclasses
 import os
 import re
 
+from lora_jax.config import did_you_mean
+
 __all__ = ["CARDS", "GIB", "HOST_LIMIT", "Card", "card_of", "parse_bytes", "this_card"]
 
 GIB = 2**30
@@ -80,8 +82,9 @@ def card_of(text: str) -> Card:
     try:
         size = parse_bytes(text)
     except ValueError:
-        known = ", ".join(card.name for card in CARDS)
-        raise ValueError(f"gpu: {text!r} is no size such as 24GB and none of the cards known here: {known}") from None
+        known = [card.name for card in CARDS]
+        wrong = f"gpu: {text!r} is no size such as 24GB and none of the cards known here: {', '.join(known)}."
+        raise ValueError(f"{wrong}{did_you_mean(text, known)}") from None
     like = min(CARDS, key=lambda card: (abs(card.memory - size), -card.tflops))
     return dataclasses.replace(like, name=f"{size / GIB:g} GB (as fast as {like.name})", memory=size)
 

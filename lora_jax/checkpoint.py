@@ -57,11 +57,15 @@ class Checkpointer:
     Args:
         output_dir: the folder that holds `checkpoint-N`; made if absent. What an interrupted save left is removed.
         keep: how many of the newest checkpoints to keep; None keeps all.
+
+    Attributes:
+        best: the step of a checkpoint that is kept in any case, as one of these; None for none.
     """
 
     def __init__(self, output_dir: str | os.PathLike[str], *, keep: int | None = None) -> None:
         self.output_dir = Path(output_dir).resolve()  # Orbax wants absolute paths
         self.keep = keep
+        self.best: int | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saving = ""
@@ -79,6 +83,10 @@ class Checkpointer:
         for path in self.output_dir.iterdir():
             if _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path)
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint, which may be there or not."""
+        return self.output_dir / f"checkpoint-{step}"
 
     def save(
         self,
@@ -107,7 +115,7 @@ class Checkpointer:
         self.wait()
         from orbax.checkpoint import v1 as ocp
 
-        final = self.output_dir / f"checkpoint-{step}"
+        final = self.path(step)
         unfinished = self.output_dir / f".checkpoint-{step}.unfinished"
         self._saving = final.name
         try:
@@ -173,9 +181,15 @@ class Checkpointer:
                     shutil.rmtree(path)
 
     def _delete_old(self) -> None:
-        if self.keep is not None:
-            for path in list_checkpoints(self.output_dir)[: -self.keep]:
-                shutil.rmtree(path)
+        if self.keep is None:
+            return
+        *older, newest = list_checkpoints(self.output_dir)
+        rest = [path for path in older if step_of(path) != self.best]
+        spare = max(
+            0, self.keep - 1 - (len(older) - len(rest))
+        )  # beside the newest, which a resume needs, and the best
+        for path in rest[: len(rest) - spare]:
+            shutil.rmtree(path)
 
     def _explain(self, error: BaseException) -> CheckpointError:
         try:

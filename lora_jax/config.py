@@ -117,7 +117,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "deepspeed": ((None, ""), "leave it out; LoRA state is small"),
     "fsdp": ((None, "", []), "leave it out"),
     "push_to_hub": ((False, None), "upload the folder written by save_model() with huggingface_hub"),
-    "load_best_model_at_end": ((False, None), "load the checkpoint whose eval_loss in metrics.jsonl is least"),
     "neftune_noise_alpha": ((None, 0, 0.0), "leave it out; it is not implemented"),
     "label_smoothing_factor": ((0, 0.0, None), "leave it out; it is not implemented"),
     "auto_find_batch_size": ((False, None), "give per_device_train_batch_size; running out of memory says what fits"),
@@ -155,6 +154,14 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "jit_mode_eval": ((False, None), "leave it out"),
     "use_dft_loss": ((False, None), "leave it out; the loss is token-level cross-entropy"),
 }  # fmt: skip
+
+
+def did_you_mean(text: Any, known: Collection[str]) -> str:
+    """ " Did you mean 'x'?" for what is nearly one of the known, otherwise nothing: for the end of a message."""
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(text).lower(), names, n=1)
+    return f" Did you mean {names[near[0]]!r}?" if near else ""
+
 
 _said: set[str] = set()
 
@@ -314,11 +321,14 @@ class SFTConfig:
     eval_strategy: str = "no"  # no, steps or epoch
     eval_steps: float | None = None  # None: logging_steps
     eval_on_start: bool = False  # evaluate before the first step
-    metric_for_best_model: str | None = None  # e.g. "eval_loss", for transformers.EarlyStoppingCallback
+    # What evaluations are compared by: "eval_loss", or what a callback's on_evaluate put into `metrics`; None: nothing,
+    # or the loss where one of the next settings needs it.
+    metric_for_best_model: str | None = None
     greater_is_better: bool | None = None  # None: unless the metric's name ends in "loss"
-    save_strategy: str = "steps"  # no, steps or epoch; steps and epoch also save at the end
-    save_steps: float = 500
-    save_total_limit: int | None = None  # newest checkpoints to keep; None: all
+    load_best_model_at_end: bool = False  # the model ends as it was at its best evaluation, which is always saved
+    save_strategy: str = "steps"  # no, steps, epoch, or best: evaluations better than all before
+    save_steps: float = 500  # steps and epoch also save at the end
+    save_total_limit: int | None = None  # newest checkpoints to keep, the best among them if it is wanted; None: all
 
     def __post_init__(self) -> None:
         if self.gradient_checkpointing == "unsloth":  # what it calls its own way of recomputing everything
@@ -326,6 +336,8 @@ class SFTConfig:
         for name in ("output_dir", "logging_dir"):
             if isinstance(value := getattr(self, name), Path):
                 object.__setattr__(self, name, str(value))
+        if self.keeps_best and self.metric_for_best_model is None:
+            object.__setattr__(self, "metric_for_best_model", "loss")
         if self.greater_is_better is None and isinstance(self.metric_for_best_model, str):
             object.__setattr__(self, "greater_is_better", not self.metric_for_best_model.endswith("loss"))
         _check_types(self)
@@ -353,9 +365,9 @@ class SFTConfig:
         return self.max_length
 
     @property
-    def load_best_model_at_end(self) -> bool:
-        """Always False; `transformers.EarlyStoppingCallback` asks for it."""
-        return False
+    def keeps_best(self) -> bool:
+        """Whether the best evaluation's parameters are saved and stay."""
+        return bool(self.load_best_model_at_end) or self.save_strategy == "best"
 
     @property
     def optim_bits(self) -> int:
@@ -453,19 +465,19 @@ def _check_choices(config: SFTConfig) -> None:
         "lr_scheduler_type": SCHEDULERS,
         "optim": tuple(dict.fromkeys(_ADAMW + _ADAMW_8BIT + _ADAMW_PAGED)),
         "eval_strategy": intervals,
-        "save_strategy": intervals,
+        "save_strategy": (*intervals, "best"),
     }.items():
         value = getattr(config, name)
         if value not in choices:
-            near = difflib.get_close_matches(value, choices, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(value, choices)
             raise ValueError(f"SFTConfig: got {name}={value!r}; wanted one of {', '.join(choices)}.{hint}")
     reporters = [config.report_to] if isinstance(config.report_to, str) else config.report_to or []
     for reporter in reporters:
         if reporter not in _REPORTERS:
             raise ValueError(
-                f"SFTConfig: got report_to={reporter!r}; wanted one of {', '.join(_REPORTERS)}. Every step is in "
-                "output_dir/metrics.jsonl; for another tracker pass a callback with on_log(args, state, control, logs)."
+                f"SFTConfig: got report_to={reporter!r}; wanted one of {', '.join(_REPORTERS)}."
+                f"{did_you_mean(reporter, _REPORTERS)} Every step is in output_dir/metrics.jsonl; for another tracker "
+                "pass a callback with on_log(args, state, control, logs)."
             )
         module, install = TRACKERS.get(reporter, ("sys", ""))
         if importlib.util.find_spec(module) is None:
@@ -483,6 +495,12 @@ def _check_choices(config: SFTConfig) -> None:
         raise ValueError(
             f"SFTConfig: eval_steps={config.eval_steps} does nothing with eval_strategy='no'. Add "
             "eval_strategy='steps', or drop eval_steps."
+        )
+    if config.keeps_best and "no" in (config.eval_strategy, config.save_strategy):
+        asked = "load_best_model_at_end=True" if config.load_best_model_at_end else "save_strategy='best'"
+        raise ValueError(
+            f"SFTConfig: {asked} with eval_strategy={config.eval_strategy!r}, save_strategy={config.save_strategy!r}: "
+            "the best is found by evaluating and kept by saving. Set both to 'steps' or 'epoch'."
         )
     if config.memory_budget is not None and config.gradient_checkpointing != "auto":
         raise ValueError(

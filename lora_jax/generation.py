@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -64,6 +65,10 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    min_new_tokens: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     seed: int = 0,
@@ -81,9 +86,15 @@ def generate(
       do_sample: draw from the distribution; otherwise the likeliest token is taken. None: draw if any of the next four
         is given.
       temperature: divides the logits before sampling; above 0.
-      top_k: sample among the k likeliest tokens; 0 for all.
-      top_p: sample among the likeliest tokens whose probabilities add up to p; 1 for all.
+      top_k: sample among the k likeliest tokens; 0 for all, which is the default (transformers' is 50).
+      top_p: sample among the likeliest of these, so many that their probabilities add up to p; 1 for all.
       min_p: sample among tokens at least p times as likely as the likeliest; 0 for all.
+      repetition_penalty: logits of the tokens that a row holds so far, those of its prompt included, are divided by it
+        where they are positive, else multiplied (Keskar et al., arXiv 1909.05858, section 4.1, as transformers reads
+        it); 1 for none.
+      min_new_tokens: a row gets no stop id before it has so many new tokens.
+      stop_strings: a row ends when one of these texts stands in what was generated; it is part of the result.
+      tokenizer: for `stop_strings`, which are looked for in the decoded text.
       eos_token_id: ids that end a row; None for all those of generation_config.json and config.json.
       pad_token_id: fills rows that have ended; None for the first stop id.
       seed: of sampling.
@@ -108,7 +119,15 @@ def generate(
     max_new_tokens = 128 if max_new_tokens is None else max_new_tokens
     do_sample = any(v is not None for v in (temperature, top_k, top_p, min_p)) if do_sample is None else do_sample
     temperature, top_p = 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p
-    top_k, min_p = top_k or 0, min_p or 0.0
+    top_k, min_p, least = top_k or 0, min_p or 0.0, min_new_tokens or 0
+    penalty = 1.0 if repetition_penalty is None else repetition_penalty
+    if not 0 < penalty < math.inf or not 0 <= least <= max_new_tokens:
+        raise ValueError(
+            "generate wants repetition_penalty > 0 and 0 <= min_new_tokens <= max_new_tokens; "
+            f"got {penalty}, {least} (of {max_new_tokens})"
+        )
+    if stop_strings is not None and tokenizer is None:
+        raise ValueError("generate: stop_strings are looked for in decoded text; give tokenizer, too")
     if max_new_tokens < 1 or temperature <= 0 or not 0 < top_p <= 1 or top_k < 0 or not 0 <= min_p <= 1:
         raise ValueError(
             "generate wants max_new_tokens >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1; "
@@ -116,9 +135,10 @@ def generate(
             "(for greedy decoding leave do_sample=False)"
         )
     if longest + max_new_tokens > model.config.max_position:
+        why = " (dynamic rope scaling rotates all keys anew for each token beyond, which no cache of them can do)"
         raise ValueError(
             f"a prompt of {longest} and max_new_tokens={max_new_tokens} exceed the model's {model.config.max_position} "
-            "positions; shorten either"
+            f"positions{why if model.config.rope.kind == 'dynamic' else ''}; shorten either"
         )
     if cache_implementation not in (None, "static", "dynamic", "quantized"):
         raise ValueError(f'cache_implementation={cache_implementation!r} is not known; there are None and "quantized"')
@@ -131,6 +151,8 @@ def generate(
     forward = _jitted(model, "forward", graph, _forward(graph), donate_argnums=4)
     choose = _sample if do_sample else _greedy
     key, settings = jax.random.key(seed), (jnp.float32(temperature), jnp.float32(top_p), jnp.float32(min_p))
+    seen = None if penalty == 1 else _tokens_of(rows, model.config.vocab_size)
+    texts = None if stop_strings is None else _StopStrings(tokenizer, stop_strings)
 
     def begin(rows: list[list[int]], room: int):
         """Runs the rows through the model: (their ids, left padding, logits of their last tokens, cache)."""
@@ -147,12 +169,20 @@ def generate(
         streamer.put(np.asarray(rows[0], np.int32))
     made, done = [], np.zeros(len(rows), bool)
     for step in range(max_new_tokens):
+        if seen is not None:
+            last = _penalised(last, seen, jnp.float32(penalty))
+        if step < least and stops:
+            last = last.at[:, jnp.asarray(stops)].set(-jnp.inf)
         tokens = np.array(choose(last, jax.random.fold_in(key, step), settings, top_k), np.int32)
         tokens[done] = pad
         made.append(tokens)
         if streamer is not None:
             streamer.put(tokens)
+        if seen is not None:
+            seen = seen.at[np.arange(len(rows)), tokens].set(True)
         done |= np.isin(tokens, stops)
+        if texts is not None:
+            done |= texts.found(made)
         if done.all() or step + 1 == max_new_tokens:
             break
         if switch is not None and any(len(row) + len(made) == switch + 1 for row in rows):
@@ -172,22 +202,18 @@ _NAMES = Names(
         "token_type_ids": "no implemented architecture reads them",
         "return_dict_in_generate": "the tokens are returned",
         "synced_gpus": "every process generates the same",
-        "tokenizer": "token ids come in and go out",
         "disable_compile": "generation is always compiled",
     },
     refused={
-        "repetition_penalty": ((None, 1, 1.0), "it is not implemented"),
         "no_repeat_ngram_size": ((None, 0), "it is not implemented"),
         "num_beams": ((None, 1), "beam search is not implemented"),
         "num_return_sequences": ((None, 1), "give the prompt several times"),
         "penalty_alpha": ((None, 0), "contrastive search is not implemented"),
         "typical_p": ((None, 1, 1.0), "it is not implemented"),
-        "stopping_criteria": ((None,), "give eos_token_id"),
-        "stop_strings": ((None,), "give eos_token_id"),
+        "stopping_criteria": ((None,), "give eos_token_id or stop_strings"),
         "logits_processor": ((None,), "it is not implemented"),
         "generation_config": ((None,), "give its settings as arguments"),
         "assistant_model": ((None,), "speculative decoding is not implemented"),
-        "min_new_tokens": ((None, 0), "it is not implemented"),
         "output_scores": ((None, False), "call model.logits"),
         "output_logits": ((None, False), "call model.logits"),
         "output_hidden_states": ((None, False), "call model.module"),
@@ -212,6 +238,7 @@ def generate_text(
     if options.get("eos_token_id") is None and tokenizer.eos_token_id is not None:
         # What the model was trained to end with may be another one than that of the folder's files.
         options["eos_token_id"] = list(dict.fromkeys([*stop_ids(model), tokenizer.eos_token_id]))
+    options.setdefault("tokenizer", tokenizer)
     answers = []
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
@@ -278,21 +305,58 @@ def _sample(last, key, settings, top_k):
     return _draw(last, key, *settings, top_k=top_k)
 
 
-def _draw_impl(last, key, temperature, top_p, min_p=0.0, *, top_k):
+@jax.jit(static_argnames="top_k")
+def _draw(last, key, temperature, top_p, min_p=0.0, *, top_k):
     """Draws one token a row from logits [B, V]."""
-    scaled = last / temperature
+    picked, order = _sifted(last / temperature, top_p, min_p, top_k)
+    chosen = jax.random.categorical(key, picked)
+    return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]
+
+
+def _sifted(scaled, top_p, min_p, top_k):
+    """Logits [B, V] in falling order, -inf where a token may not be drawn, and the tokens in this order.
+
+    Each rule sees the probabilities that those before it have left, in the order of transformers: k, p, least p.
+    """
     order = jnp.argsort(-scaled, axis=-1)
     ranked = jnp.take_along_axis(scaled, order, axis=-1)
+    if top_k:
+        ranked = jnp.where(jnp.arange(ranked.shape[-1]) < top_k, ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked, axis=-1)
     keep = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p  # the first is always kept
     keep &= probabilities >= min_p * probabilities[:, :1]
-    if top_k:
-        keep &= jnp.arange(ranked.shape[-1]) < top_k
-    picked = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf))
-    return jnp.take_along_axis(order, picked[:, None], axis=-1)[:, 0]
+    return jnp.where(keep, ranked, -jnp.inf), order
 
 
-_draw = jax.jit(_draw_impl, static_argnames="top_k")
+@jax.jit
+def _penalised(last, seen, penalty):
+    """Logits [B, V] after `repetition_penalty`; seen bool [B, V]: tokens that are there already."""
+    return jnp.where(seen, jnp.where(last < 0, last * penalty, last / penalty), last)
+
+
+def _tokens_of(rows: list[list[int]], vocabulary: int) -> jax.Array:
+    """Which tokens each row holds, bool [B, V]."""
+    seen = np.zeros((len(rows), vocabulary), bool)
+    for mine, row in zip(seen, rows, strict=True):
+        mine[row] = True
+    return jnp.asarray(seen)
+
+
+class _StopStrings:
+    """Looks for texts in what is generated."""
+
+    def __init__(self, tokenizer: Any, texts: str | Sequence[str]):
+        self._tokenizer = tokenizer
+        self._texts = [texts] if isinstance(texts, str) else list(texts)
+        if not all(isinstance(text, str) and text for text in self._texts):
+            raise ValueError(f"generate: stop_strings wants texts that are not empty, got {texts!r}")
+        # A token is a byte at least; a few more, since decoding from the middle spoils the first character.
+        self._window = 4 + max(len(text.encode()) for text in self._texts)
+
+    def found(self, made: list[np.ndarray]) -> np.ndarray:
+        """For each row of new tokens, one array [B] a step, whether one of the texts has come in the last step."""
+        tails = np.stack(made[-self._window :], axis=1)
+        return np.array([any(text in tail for text in self._texts) for tail in self._tokenizer.batch_decode(tails)])
 
 
 def _jitted(model: "CausalLM", name: str, graph: nnx.GraphDef, function: Callable, **options) -> Callable:

@@ -9,6 +9,7 @@ import datetime
 import math
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -75,6 +76,7 @@ class TrainerState:
     train_batch_size: int = 0
     best_metric: float | None = None  # best value of args.metric_for_best_model so far
     best_global_step: int | None = None  # the step it was found at
+    best_model_checkpoint: str | None = None  # the folder of that step, once it is saved
     is_world_process_zero: bool = True
     is_local_process_zero: bool = True
     is_hyper_param_search: bool = False
@@ -187,6 +189,8 @@ class Run:
                         break
                 self._read_all()
                 self.checkpoints.wait()
+                if args.load_best_model_at_end and signals.received is None:
+                    self._load_best()
                 output = self._output(start)
                 self._callback("on_train_end")
             signals.leave()
@@ -225,8 +229,8 @@ class Run:
         self._read(leave=0 if wanted or (control.should_log and trainer.callbacks) else 1)
         if trainer.control.should_evaluate:
             self._evaluate()
-        stopping = trainer.control.should_training_stop and self.args.save_strategy != "no"
-        if trainer.control.should_save or stopping:
+        stopping = trainer.control.should_training_stop and self.args.save_strategy not in ("no", "best")
+        if trainer.control.should_save or stopping or (self.args.keeps_best and state.best_global_step == number):
             self._save()
 
     def _set_due(self, number: int) -> None:
@@ -236,7 +240,7 @@ class Run:
         control.should_log = number % state.logging_steps == 0 or (number == 1 and args.logging_first_step)
         due = {"no": False, "steps": number % state.eval_steps == 0 or last, "epoch": epoch_ends or last}
         control.should_evaluate = due[args.eval_strategy]
-        due["steps"] = number % state.save_steps == 0 or last
+        due |= {"steps": number % state.save_steps == 0 or last, "best": False}
         control.should_save = due[args.save_strategy]
 
     def _dispatch(self, number: int) -> None:
@@ -363,16 +367,44 @@ class Run:
         began = time.perf_counter()
         self.bar.describe("evaluating")
         metrics = self.trainer.evaluate()
+        if self.trainer.state.global_step > 0:
+            self._note_best(metrics)
         self.bar.describe("training")
         self.metrics_file.append({"step": self.trainer.state.global_step, **metrics})
         self.trackers.log(metrics, self.trainer.state.global_step)
         say(f"Step {self.trainer.state.global_step}: eval_loss {metrics['eval_loss']:.4f}")
         self.last_read += time.perf_counter() - began
 
+    def _note_best(self, metrics: Mapping[str, float]) -> None:
+        """After the callbacks, which compare with the best before, as Hugging Face does."""
+        state, name = self.trainer.state, self.args.metric_for_best_model
+        if name is None:
+            return
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in metrics:
+            raise ValueError(f"SFTConfig: metric_for_best_model={name!r} is not among {', '.join(metrics)}.")
+        value, best = metrics[name], state.best_metric
+        if best is None or (value > best if self.args.greater_is_better else value < best):
+            state.best_metric, state.best_global_step = value, state.global_step
+
+    def _load_best(self) -> None:
+        """Take over the parameters of the best evaluation."""
+        state = self.trainer.state
+        step = state.best_global_step
+        if step is None or step == state.global_step:
+            return
+        self.lora = ckpt.restore(self.checkpoints.path(step), self.lora, self.opt_state).lora
+        self._give_back()
+        metric = self.args.metric_for_best_model
+        say(f"Loaded the adapter of step {step}, the best of all evaluations ({metric} {state.best_metric:.4f})")
+
     def _save(self) -> None:
         state = self.trainer.state
         if self.saved_step == state.global_step:
             return
+        if self.args.keeps_best and state.best_global_step is not None:
+            self.checkpoints.best = state.best_global_step
+            state.best_model_checkpoint = str(self.checkpoints.path(state.best_global_step))
         began = time.perf_counter()
         self._read_all()  # a state that is not finite raises here, before it is written
         self._give_back()
@@ -418,6 +450,8 @@ class Run:
         state.global_step, state.epoch = saved["global_step"], saved["epoch"]
         state.log_history, self.interval = saved["log_history"], saved["interval_losses"]
         state.best_metric, state.best_global_step = saved["best_metric"], saved["best_global_step"]
+        if self.args.keeps_best and state.best_global_step is not None:
+            state.best_model_checkpoint = str(self.checkpoints.path(state.best_global_step))
         self.saved_step = state.global_step
         return state.global_step
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.config import did_you_mean
 from lora_jax.kernels.nf4 import NF4Weight
 from lora_jax.models.decoder import full_names
 from lora_jax.models.linear import Linear, decoded, value
@@ -47,7 +48,8 @@ def check_kind(kind: bool | str) -> str:
     if kind is False:
         raise ValueError(f"init_lora_weights=False starts with a random B, which changes the model; there are {known}")
     why = f" ({_REFUSED[str(name)]})" if name in _REFUSED else ""
-    raise ValueError(f"init_lora_weights={kind!r} is not supported{why}; there are {known}")
+    hint = did_you_mean(kind, ("gaussian", *FROM_WEIGHT))
+    raise ValueError(f"init_lora_weights={kind!r} is not supported{why}; there are {known}.{hint}")
 
 
 def starts_in_weight(kind: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.config import did_you_mean
 from lora_jax.kernels.kept import Policy
 
 __all__ = ["ACTIONS", "ALL", "NAMES", "PRESETS", "QUANTIZABLE", "RematPlan"]
@@ -89,7 +90,10 @@ class RematPlan:
             return value
         if isinstance(value, str):
             if value not in PRESETS:
-                raise ValueError(f"remat={value!r} is unknown; known are {', '.join(PRESETS)}, and lists of groups")
+                raise ValueError(
+                    f"remat={value!r} is unknown; known are {', '.join(PRESETS)}, and lists of groups."
+                    f"{did_you_mean(value, [*PRESETS, 'auto'])}"
+                )
             return PRESETS[value]
         if not isinstance(value, Sequence) or not all(isinstance(group, Mapping) for group in value):
             raise ValueError(f"remat={value!r}: wanted a preset ({', '.join(PRESETS)}) or a list of groups of layers")

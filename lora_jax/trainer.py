@@ -34,7 +34,6 @@ __all__ = ["SFTConfig", "SFTTrainer", "TrainOutput", "TrainerControl", "TrainerS
 
 # Arguments of TRL's SFTTrainer that cannot be honoured here, and what to do instead.
 _REFUSED = {
-    "compute_loss_func": "write a loop over lora_jax.step.train_step for a loss of your own",
     "compute_metrics": "use a callback with on_evaluate",
     "preprocess_logits_for_metrics": "logits are never formed in training",
     "optimizer_cls_and_kwargs": "pass optimizers=(an optax transformation, a schedule or None)",
@@ -48,6 +47,18 @@ _NAMES = Names(
     no_effect={"infer_schema": "rows are read as they are", "use_cache": "training never builds a KV cache"},
     refused={name: ((None,), instead) for name, instead in _REFUSED.items()},
 )
+# Methods of transformers' Trainer that subclasses override, which nothing here would call.
+_HOOKS = {
+    "compute_loss": "pass compute_loss_func",
+    "training_step": "write a loop over lora_jax.make_train_step",
+    "prediction_step": "use a callback with on_evaluate",
+    "create_optimizer": "pass optimizers=(an optax transformation, a schedule or None)",
+    "create_scheduler": "pass optimizers=(an optax transformation, its schedule)",
+    "create_optimizer_and_scheduler": "pass optimizers=(an optax transformation, its schedule)",
+    "get_train_dataloader": "give the rows as train_dataset",
+    "get_eval_dataloader": "give the rows as eval_dataset",
+    "log": "use a callback with on_log",
+}
 # Collators that only pad and copy labels, which is done here anyway.
 _PLAIN_COLLATORS = ("DataCollatorForSeq2Seq", "DataCollatorWithPadding", "DefaultDataCollator", "default_data_collator")
 
@@ -68,12 +79,15 @@ class SFTTrainer:
             on_save, on_epoch_end, on_train_end(args, state, control, **kwargs); `transformers.TrainerCallback` works.
         optimizers: (an optax transformation, its schedule or None) in place of what `args` describe. The transformation
             includes the learning rate; the schedule is only shown.
+        compute_loss_func: a loss in place of the cross-entropy, of training and of evaluation, as in transformers but
+            on JAX arrays: see `lora_jax.step.LossFunction`. It needs the logits of all tokens of a micro-batch.
         more: what earlier versions of TRL took here and now `SFTConfig` takes (`max_seq_length`, `packing`,
             `dataset_text_field`); transformers' `data_collator`s that only pad, which have no effect.
 
     Raises:
         ValueError: arguments that contradict each other, or data that cannot be trained on.
-        TypeError: an unknown argument.
+        TypeError: an unknown argument, or a subclass that overrides a method of transformers' trainer.
+        NotImplementedError: `compute_loss_func` with a mesh that shares out more than rows.
     """
 
     def __init__(
@@ -89,9 +103,12 @@ class SFTTrainer:
         formatting_func: Callable[[Mapping[str, Any]], str] | None = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        compute_loss_func: Callable[..., Any] | None = None,
         **more: Any,
     ) -> None:
         of_args = _settle(more)
+        if hooks := [name for name in _HOOKS if hasattr(self, name)]:
+            raise TypeError(f"{type(self).__name__}: {hooks[0]} would never be called. Instead {_HOOKS[hooks[0]]}.")
         if args is not None and not isinstance(args, SFTConfig):
             raise TypeError(f"SFTTrainer: args is a {type(args).__name__}; wanted a lora_jax.SFTConfig.")
         if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
@@ -124,6 +141,7 @@ class SFTTrainer:
         self.max_length = self.args.max_length or getattr(model, "max_seq_length", None) or 1024
         self._formatting_func = formatting_func
         self._optimizers = optimizers
+        self._compute_loss_func = compute_loss_func
         self._responses: tuple[str, str, bool] | None = None
         self._train_rows_read = self._load(train_dataset, self._rows_needed())
         self._eval_rows_read = self._load(eval_dataset)
@@ -188,22 +206,10 @@ class SFTTrainer:
         self.state.log_history.append({**metrics, "step": self.state.global_step})
         self._call("on_log", logs=dict(metrics))
         self._call("on_evaluate", metrics=metrics)
-        self._note_best(metrics)
         return metrics
 
     def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch if self.mesh is None else put_batch(batch, self.mesh)
-
-    def _note_best(self, metrics: Mapping[str, float]) -> None:
-        """After the callbacks, which compare with the best before, as Hugging Face does."""
-        if (name := self.args.metric_for_best_model) is None:
-            return
-        name = name if name.startswith("eval_") else f"eval_{name}"
-        if name not in metrics:
-            raise ValueError(f"SFTConfig: metric_for_best_model={name!r} is not among {', '.join(metrics)}.")
-        value, best = metrics[name], self.state.best_metric
-        if best is None or (value > best if self.args.greater_is_better else value < best):
-            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
 
     def save_model(self, output_dir: str | Path | None = None) -> Path:
         """Write the adapter as a PEFT folder, with the tokenizer if there is one.
@@ -328,6 +334,7 @@ class SFTTrainer:
                 assistant_only_loss=self.args.assistant_only_loss,
                 responses=None if self._responses is None else self._responses[:2],
                 last_response_only=self._responses is not None and self._responses[2],
+                share_out=True,
                 progress=not self.args.disable_tqdm and not quiet,
             )
         vocabulary = getattr(self.model.config, "vocab_size", None)
@@ -366,12 +373,13 @@ class SFTTrainer:
             quantized_activations=args.quantized_activations,
             scan_layers=scan,
             router_aux_loss_coef=args.router_aux_loss_coef,
+            compute_loss_func=self._compute_loss_func,
         )
 
     def _make_eval_step(self) -> Callable[..., Any]:
         from lora_jax.step import make_eval_step
 
-        return make_eval_step(self.model)
+        return make_eval_step(self.model, self._compute_loss_func)
 
     def _find_start(self, resume: bool | str | Path | None) -> Path | None:
         """The checkpoint to resume from. Raises ValueError if the run would meet checkpoints of another run."""

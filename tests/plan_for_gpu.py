@@ -76,8 +76,19 @@ CASES: dict[str, tuple[dict[str, Any], int, int, int, int, str | RematPlan]] = {
     "mixtral-selective": (MIXTRAL, 16, 1, 2, 2048, "selective"),
 }
 
+CASES |= {name: (ONE, 16, 1, 2, 2048, plan) for name, plan in (("1b-dora", "full"), ("1b-dora-selective", "selective"))}
+CASES |= {"1b-pissa": (ONE, 64, 1, 2, 2048, "full"), "8b-dora": (EIGHT, 16, 1, 2, 2048, "full")}
+CASES |= {"8b-pissa": (EIGHT, 16, 1, 2, 2048, "selective")}
+KINDS: dict[str, dict[str, Any]] = {"dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}
 
-def abstract_model(hf: dict[str, Any], rank: int) -> CausalLM:
+
+def config_of(name: str) -> LoraConfig:
+    """The adapter of a case."""
+    kind = next((more for kind, more in KINDS.items() if kind in name), {})
+    return LoraConfig(r=CASES[name][1], **kind)
+
+
+def abstract_model(hf: dict[str, Any], config: LoraConfig) -> CausalLM:
     """A QLoRA model with shapes in place of arrays."""
     module = Decoder(config_from_hf(hf), jnp.bfloat16)
     for _, stack, part in module.named_modules():
@@ -85,18 +96,22 @@ def abstract_model(hf: dict[str, Any], rank: int) -> CausalLM:
             continue
         *lead, n, k = part.weight.get_value().shape
         part.weight.set_value(NF4Weight.abstract((*lead, n, k), True))
-        part.lora_a = nnx.LoRAParam(jax.ShapeDtypeStruct((*lead, k, rank), jnp.float32))
-        part.lora_b = nnx.LoRAParam(jax.ShapeDtypeStruct((*lead, rank, n), jnp.float32))
+        a, b, norm = (jax.ShapeDtypeStruct((*lead, *s), jnp.float32) for s in ((k, config.r), (config.r, n), (n,)))
+        part.lora_a, part.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+        if config.start == "pissa":
+            part.start_a, part.start_b = nnx.Param(a), nnx.Param(b)
+        if config.use_dora:
+            part.lora_magnitude, part.weight_norm = nnx.LoRAParam(norm), nnx.Param(norm)
     model = CausalLM(module, hf_config=hf, source=Path())
-    model.lora_config = LoraConfig(r=rank)
+    model.lora_config = config
     return model
 
 
 def compare(capability: str, name: str) -> dict[str, Any]:
     """Compiles one case and estimates it."""
-    shape, rank, accumulation, rows, length, remat = CASES[name]
+    shape, _, accumulation, rows, length, remat = CASES[name]
     hf = {"architectures": ["LlamaForCausalLM"], **shape}
-    model, start = abstract_model(hf, rank), time.perf_counter()
+    model, start = abstract_model(hf, config_of(name)), time.perf_counter()
     optimizer, _ = make_optimizer(SFTConfig(), 1000)
     step: Any = make_train_step(model, optimizer, remat=remat)
     _, lora, frozen = model.split()
@@ -107,7 +122,7 @@ def compare(capability: str, name: str) -> dict[str, Any]:
     with jax.sharding.use_abstract_mesh(mesh):
         compiled = step.trace(*arguments).lower().compile()
     stats, text = compiled.memory_analysis(), compiled.as_text()
-    work = plan.of_config(hf, LoraConfig(r=rank), rows, length, accumulation=accumulation)
+    work = plan.of_config(hf, config_of(name), rows, length, accumulation=accumulation)
     need = plan.memory(work, RematPlan.of(remat), card_of(CARDS[capability]))
     calls = [line for line in text.splitlines() if "custom-call(" in line and "attention_forward" in line]
     return {

@@ -165,6 +165,11 @@ def test_generate_streams_what_the_model_says(finished: Path, capsys: pytest.Cap
     model, tokenizer = from_pretrained(finished, dtype="float32", progress=False)
     assert shown == generate_text(model, tokenizer, ["Two coffees"], max_new_tokens=6)[0] + "\n"
     assert shown.strip()
+    penalised = {"max_new_tokens": 6, "repetition_penalty": 3.0}
+    stop = generate_text(model, tokenizer, ["Two coffees"], **penalised)[0][1:3]
+    assert run(*arguments, "--repetition-penalty", 3, "--stop", "never", "--stop", stop) == 0
+    shorter = generate_text(model, tokenizer, ["Two coffees"], stop_strings=[stop], **penalised)[0]
+    assert capsys.readouterr().out == shorter + "\n" != shown
     assert run(*arguments, "--temperature", 5, "--seed", 1) == 0
     sampled = capsys.readouterr().out
     assert sampled != shown

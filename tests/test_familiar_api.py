@@ -135,8 +135,8 @@ def test_generate_takes_what_transformers_does(model, tokenizer, capsys):
         model.generate(one, max_new_tokens=4, temperature=5.0, min_p=1.0)[:, -4:], want[:1, -4:]
     )
     assert (model.generate(one, max_new_tokens=4, temperature=50.0)[:, -4:] != want[:1, -4:]).any()
-    with pytest.raises(ValueError, match="generate: repetition_penalty=1.2 is not supported"):
-        model.generate(one, repetition_penalty=1.2)
+    with pytest.raises(ValueError, match="generate: num_beams=4 is not supported"):
+        model.generate(one, num_beams=4)
     with pytest.raises(TypeError, match="generate: unknown argument 'max_new_token'. Did you mean 'max_new_tokens'"):
         model.generate(one, max_new_token=3)
 

@@ -11,7 +11,7 @@ import pytest
 
 import lora_jax
 from lora_jax import generate_text, get_peft_model
-from lora_jax.generation import _draw, stop_ids
+from lora_jax.generation import _draw, _penalised, _sifted, _tokens_of, stop_ids
 from lora_jax.kernels import kept
 from tests import tiny
 
@@ -191,6 +191,15 @@ def test_stop_ids_come_from_the_model_folder(folder, greedy, tmp_path):
     assert set(out[0, 9 + first + 1 :].tolist()) <= {319}  # padded with the first stop id
 
 
+def test_no_token_is_generated_where_it_would_rotate_the_cached_keys_anew(tmp_path):
+    """Dynamic NTK scaling, up to its context a plain rotation; logits of longer rows are those of transformers."""
+    scaling = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16}
+    model = tiny.open_model(tiny.write_folder(tmp_path / "model", tiny.config(**scaling), tokenizer=False))
+    with pytest.raises(ValueError, match="exceed the model's 16 positions .dynamic rope scaling rotates all keys anew"):
+        model.generate([PROMPTS[0]], max_new_tokens=8)
+    assert np.isfinite(np.asarray(model.logits(tiny.ids(1, 20)))).all()
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
@@ -204,6 +213,10 @@ def test_stop_ids_come_from_the_model_folder(folder, greedy, tmp_path):
         ([[1]], {"top_p": 0.0}, "0 < top_p <= 1"),
         ([[1]], {"top_p": 1.5}, "0 < top_p <= 1"),
         ([[1]], {"top_k": -1}, "top_k >= 0"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty > 0"),
+        ([[1]], {"min_new_tokens": 5, "max_new_tokens": 4}, r"min_new_tokens <= max_new_tokens; got 1.0, 5 \(of 4\)"),
+        ([[1]], {"stop_strings": "x"}, "give tokenizer, too"),
+        ([[1]], {"stop_strings": ["x", ""], "tokenizer": object()}, "texts that are not empty, got"),
         ([[1], [2]], {"streamer": object()}, "a streamer shows one row; got 2 prompts"),
     ],
 )
@@ -246,9 +259,10 @@ def test_samples_are_distributed_as_they_should(temperature, top_k, top_p):
     scores = LOGITS.astype(np.float64) / temperature
     p = np.exp(scores) / np.exp(scores).sum()
     order = np.argsort(-p)
-    # Nucleus: the smallest set of likeliest tokens that reaches top_p, of the whole distribution.
-    kept = order[: np.searchsorted(np.cumsum(p[order]), top_p) + 1] if top_p < 1 else order
-    kept = kept[:top_k] if top_k else kept
+    # Nucleus: the smallest set of likeliest tokens that reaches top_p, of what top_k leaves.
+    kept = order[: top_k or None]
+    reached = np.cumsum(p[kept]) / p[kept].sum()
+    kept = kept[: np.searchsorted(reached, top_p) + 1] if top_p < 1 else kept
     want = np.where(np.isin(np.arange(8), kept), p, 0)
     want /= want.sum()
     counts = np.bincount(tokens, minlength=8)
@@ -262,6 +276,105 @@ def test_rows_are_sampled_from_their_own_logits():
     rows = jnp.asarray(np.where(np.eye(5, 8) == 1, 50.0, 0.0))
     tokens = _draw(rows, jax.random.key(0), jnp.float32(1), jnp.float32(1), top_k=0)
     assert np.asarray(tokens).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_min_p(model):
+    """Tokens at least so many times as likely as the likeliest, and no others."""
+    n = 5_000
+    rows = jnp.broadcast_to(jnp.asarray(LOGITS), (n, 8))
+    tokens = np.asarray(_draw(rows, jax.random.key(1), jnp.float32(1), jnp.float32(1), jnp.float32(0.3), top_k=0))
+    want = np.exp(LOGITS - LOGITS.max()) >= 0.3
+    assert set(np.unique(tokens)) == set(np.flatnonzero(want))
+    assert want.sum() == 3
+
+
+def test_repetition_penalty(model):
+    """Greedy with a penalty by the definition, from logits of the whole row at every step."""
+    prompt, new = PROMPTS[0], []
+    out = model.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[], repetition_penalty=1.7)[0, 9:].tolist()
+    whole = np.asarray(model.logits([prompt + out]), np.float64)[0]
+    for step in range(NEW):
+        scores = whole[len(prompt) - 1 + step].copy()
+        for token in {*prompt, *new}:
+            scores[token] = scores[token] / 1.7 if scores[token] > 0 else scores[token] * 1.7
+        assert scores[out[step]] >= scores.max() - 1e-4  # sums in another order
+        new.append(out[step])
+    assert len({*new}) == NEW  # strong enough that nothing comes twice
+    assert len({*model.generate([prompt], max_new_tokens=NEW, eos_token_id=[])[0, 9:].tolist()}) < NEW
+
+
+def test_min_new_tokens(model, greedy):
+    stop = int(greedy[0, 2])
+    out = model.generate([PROMPTS[0]], max_new_tokens=NEW, eos_token_id=[stop, 300], min_new_tokens=6)[0, 9:]
+    assert not {stop, 300} & set(out[:6].tolist())
+    assert out[:2].tolist() == greedy[0, :2].tolist()
+
+
+def test_stop_strings(model, folder, greedy):
+    """Each row ends with the step that completes a text, wherever that ends in a token."""
+    from lora_jax.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    texts = [tokenizer.decode(greedy[0, 2:5]), tokenizer.decode(greedy[2, 3:5])]
+    ends = [
+        next(n for n in range(1, NEW + 1) if any(t in tokenizer.decode(row[:n]) for t in texts) or n == NEW)
+        for row in greedy
+    ]
+    assert ends[0] <= 5 < NEW and ends[2] <= 5
+    options = {"max_new_tokens": NEW, "eos_token_id": [], "tokenizer": tokenizer, "pad_token_id": 77}
+    out = model.generate(PROMPTS, stop_strings=texts, **options)[:, 9:]
+    assert out.shape[1] == max(ends)
+    for row, want, end in zip(out, greedy, ends, strict=True):
+        assert row[:end].tolist() == want[:end].tolist()
+        assert set(row[end:].tolist()) <= {77}
+    options = {"max_new_tokens": NEW, "eos_token_id": []}
+    row = model.generate([tokenizer("Hello")["input_ids"]], **options)[0, 5:]
+    text = tokenizer.decode(row[3:5])
+    end = next(n for n in range(1, NEW + 1) if text in tokenizer.decode(row[:n]))
+    (answer,) = generate_text(model, tokenizer, ["Hello"], stop_strings=text, **options)
+    assert answer == tokenizer.decode(row[:end], skip_special_tokens=True)
+
+
+CASES = [
+    {"do_sample": True, "temperature": 0.7, "top_k": 20},
+    {"do_sample": True, "top_p": 0.6},
+    {"do_sample": True, "temperature": 1.5, "top_k": 40, "top_p": 0.8},
+    {"do_sample": True, "temperature": 0.8, "min_p": 0.2},
+    {"do_sample": True, "temperature": 2.0, "top_k": 30, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.3},
+    {"repetition_penalty": 1.4},
+    {"repetition_penalty": 0.8, "min_new_tokens": 5},
+    {"repetition_penalty": 1.2, "stop_strings": None},  # a text that is generated
+]
+
+
+@pytest.mark.oracle
+def test_settings_are_those_of_transformers(model, folder, oracle, tmp_path):
+    """What each setting leaves of the logits, and greedy rows under penalties and with stop strings."""
+    from lora_jax.loading import load_tokenizer
+
+    base, tokenizer = tiny.open_model(folder), load_tokenizer(folder)
+    with_stop = CASES[-1]
+    ahead = base.generate([PROMPTS[0]], max_new_tokens=NEW, eos_token_id=[], repetition_penalty=1.2)[0, 9:]
+    cases = [*CASES[:-1], {**with_stop, "stop_strings": [tokenizer.decode(ahead[3:5]), "never so"]}]
+    cases = [{"max_new_tokens": 1 if case.get("do_sample") else NEW, **case} for case in cases]
+    (tmp_path / "in.json").write_text(json.dumps({"prompts": PROMPTS, "cases": cases}))
+    oracle("hf_sampling.py", folder, tmp_path / "in.json", tmp_path / "out.npz")
+    want = np.load(tmp_path / "out.npz")
+    for number, case in enumerate(cases):
+        for row, prompt in enumerate(PROMPTS):
+            scores, tokens = want[f"{number} {row} scores"], want[f"{number} {row} tokens"]
+            if case.get("do_sample"):
+                last = base.logits([prompt])[:, -1]
+                last = _penalised(last, _tokens_of([prompt], tiny.VOCAB), case.get("repetition_penalty", 1.0))
+                settings = case.get("top_p", 1.0), case.get("min_p", 0.0), case.get("top_k", 0)
+                ranked, order = map(np.asarray, _sifted(last / case.get("temperature", 1.0), *settings))
+                got = np.zeros_like(ranked)
+                np.put_along_axis(got, order, ranked, axis=1)
+                assert 1 <= np.isfinite(got).sum() < tiny.VOCAB
+                np.testing.assert_allclose(got, scores, atol=2e-4, err_msg=str(case))
+            else:
+                got = base.generate([prompt], tokenizer=tokenizer, **case)[0, len(prompt) :]
+                assert got.tolist() == tokens.tolist(), case
 
 
 # Streaming and text.

@@ -136,7 +136,7 @@ def test_loftq_starts_nearer_to_the_original(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"init_lora_weights": "pisa"}, "init_lora_weights='pisa' is not supported; there are True, 'gaussian'"),
+        ({"init_lora_weights": "pisa"}, "init_lora_weights='pisa' .* True, 'gaussian'.* Did you mean 'pissa'"),
         ({"init_lora_weights": "eva"}, r"'eva' is not supported \(it needs activations of your data\)"),
         ({"init_lora_weights": False}, "starts with a random B"),
         ({"init_lora_weights": "pissa", "lora_dropout": 0.1}, "the adapter is the principal part"),

@@ -15,6 +15,7 @@ SAID = {
     "data_and_chat_templates": ("--- ShareGPT", ["lengths.png", "report.md"]),
     "long_context_and_memory": ("auto", ["memory.png", "throughput.png"]),
     "export": ("FROM ./SmolLM2-135M-Instruct.Q8_0.gguf", ["adapter_model.safetensors", "Modelfile", "sizes.png"]),
+    "several_gpus": ("data 2 x fsdp 4  losses off by", ["meshes.png", "scaling.png"]),
     "own_step_in_jax": ("divergence from the base", ["adapter_model.safetensors", "loss.png"]),
 }
 

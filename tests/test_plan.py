@@ -82,11 +82,20 @@ def test_what_is_no_amount_of_memory(text):
 # ---- bytes of arrays ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nf4", [None, "nf4-double"])
-def test_weights_adapters_and_optimizer_are_counted_exactly(nf4, tmp_path):
+@pytest.mark.parametrize(
+    ("nf4", "kind"),
+    [
+        (None, {}),
+        ("nf4-double", {}),
+        ("nf4-double", {"use_dora": True}),
+        ("nf4-double", {"init_lora_weights": "pissa"}),
+    ],
+    ids=["16 bits", "NF4", "DoRA", "PiSSA"],
+)
+def test_weights_adapters_and_optimizer_are_counted_exactly(nf4, kind, tmp_path):
     hf = tiny.config(num_hidden_layers=3, torch_dtype="bfloat16")
     folder = tiny.write_folder(tmp_path / "model", hf, tokenizer=False)
-    config = LoraConfig(r=5, target_modules=("q_proj", "down_proj"), modules_to_save=("lm_head",))
+    config = LoraConfig(r=5, target_modules=("q_proj", "down_proj"), modules_to_save=("lm_head",), **kind)
     model = get_peft_model(tiny.open_model(folder, nf4, jnp.bfloat16), config, verbose=False)
     optimizer, _ = make_optimizer(SFTConfig(), 10)
     _, lora, frozen = model.split()
@@ -549,7 +558,8 @@ def test_plan_prints_memory_time_and_limits(config_only, monkeypatch, capsys):
         (("--gpu", "6GB"), "take a smaller model or a larger GPU"),
         (("--gpu", "TPU"), "none of the cards"),
         (("--gpu", "24GB", "--remat", "most"), "remat='most' is unknown"),
-        (("--gpu", "24GB", "--target-modules", "q_prj"), "q_prj"),
+        (("--gpu", "24GB", "--target-modules", "q_prj"), "Did you mean 'q_proj'?"),
+        (("--gpu", "H10"), "Did you mean 'H100'?"),
         (("--gpu", "24GB", "--optim", "sgd"), "adamw_8bit"),
     ],
 )
@@ -575,7 +585,8 @@ def test_train_refuses_what_cannot_fit_before_it_loads(config_only, tmp_path, mo
 # layers, or of 16 layers of which 10 compute it again.
 @pytest.mark.rotate
 @pytest.mark.parametrize(
-    ("capability", "case", "attention_forward"), [("sm_90", "8b-selective", 32), ("sm_89", "1b-mixed", 26)]
+    ("capability", "case", "attention_forward"),
+    [("sm_90", "8b-selective", 32), ("sm_89", "1b-mixed", 26), ("sm_90", "1b-dora", 32), ("sm_90", "1b-pissa", 32)],
 )
 def test_estimates_are_within_8_percent_of_the_compiler(compile_for_gpus, capability, case, attention_forward):
     """A whole step compiled for a GPU that need not be there; tests/plan_for_gpu.py has more of them."""

@@ -96,11 +96,16 @@ def exact(adapted):
     return results
 
 
-def test_no_plan_changes_loss_or_gradients(adapted, exact):
-    plans = {**PRESETS, **MIXED}
-    del plans["none"]
-    for name, plan in plans.items():
-        assert_equal_results(loss_and_gradients(adapted, plan), exact, exact=name != "groups of one")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.rotate("presets")) for name in PRESETS if name != "none"),
+        *(pytest.param(name, marks=pytest.mark.rotate("mixed")) for name in MIXED),
+    ],
+)
+def test_no_plan_changes_loss_or_gradients(adapted, exact, name):
+    plan = {**PRESETS, **MIXED}[name]
+    assert_equal_results(loss_and_gradients(adapted, plan), exact, exact=name != "groups of one")
 
 
 _PRESET = [pytest.param(name, marks=pytest.mark.rotate("presets")) for name in ("none", "full", "offload")]
@@ -113,14 +118,13 @@ def test_layers_written_out_give_the_same(quantized, plan):
     assert_equal_results(loss_and_gradients(quantized, plan, scan_layers=False), want, exact=False)
 
 
-def test_feed_forward_layers_in_parts_give_the_same(quantized):
-    """46 tokens: six parts of seven and one of four, or two parts."""
-    want = loss_and_gradients(quantized, "full", dropout=False)
-    seven, half = (RematPlan(PRESETS["full"].groups, mlp_rows=rows) for rows in (7, 23))
-    for plan in (seven, half):
-        assert_equal_results(loss_and_gradients(quantized, plan, dropout=False), want, exact=False)
-    with_dropout = loss_and_gradients(quantized, seven), loss_and_gradients(quantized, "full")
-    assert_equal_results(*with_dropout, exact=True)  # not in parts then
+@pytest.mark.rotate
+@pytest.mark.parametrize(("rows", "dropout"), [(7, False), (23, False), (7, True)])
+def test_feed_forward_layers_in_parts_give_the_same(quantized, rows, dropout):
+    """46 tokens: six parts of seven and one of four, or two parts; with dropout they are not in parts."""
+    want = loss_and_gradients(quantized, "full", dropout=dropout)
+    plan = RematPlan(PRESETS["full"].groups, mlp_rows=rows)
+    assert_equal_results(loss_and_gradients(quantized, plan, dropout=dropout), want, exact=dropout)
 
 
 def distance(got, want) -> float:
@@ -301,6 +305,7 @@ def test_a_plan_in_yaml():
     ("value", "said"),
     [
         ("some", "remat='some' is unknown; known are none, selective, full, offload"),
+        ("Selectiv", "Did you mean 'selective'"),
         (3, "remat=3: wanted a preset"),
         ([], "at least one group"),
         (["full"], "wanted a preset"),

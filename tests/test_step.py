@@ -1,12 +1,15 @@
 """The training step: packing and accumulation change nothing, the compiled program keeps no dense weight."""
 
 import re
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import lora_jax
 from lora_jax.batches import Example, pack_batch, pad_batch
@@ -14,6 +17,7 @@ from lora_jax.lora import add_adapters
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.registry import config_from_hf
 from lora_jax.remat import PRESETS
+from lora_jax.sharding import make_mesh, put_batch
 from lora_jax.step import make_eval_step, make_train_step, sum_of_losses, train_step
 
 LAYERS, WIDTH, WIDE, VOCAB = 3, 64, 192, 320
@@ -35,8 +39,6 @@ def config(**changes) -> DecoderConfig:
 def make_model(dtype=jnp.float32, nf4=True, dropout=0.0, **changes) -> lora_jax.CausalLM:
     """A random model with a random adapter (B is not zero)."""
     import pathlib
-
-    from flax import nnx
 
     from lora_jax.kernels.nf4 import quantize
     from lora_jax.models.linear import Linear, RMSNorm
@@ -65,6 +67,45 @@ def make_model(dtype=jnp.float32, nf4=True, dropout=0.0, **changes) -> lora_jax.
     )
     assert isinstance(lora, nnx.State)
     return model
+
+
+def smoothed(outputs, labels, num_items_in_batch):
+    """Cross-entropy with a fifth of each label given to all tokens."""
+    scores = jax.nn.log_softmax(outputs.logits[:, :-1])
+    hit = jnp.take_along_axis(scores, jnp.maximum(labels[:, 1:], 0)[..., None], -1)[..., 0]
+    return -jnp.sum((labels[:, 1:] != -100) * (0.8 * hit + 0.2 * scores.mean(-1))) / num_items_in_batch
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_loss_of_ones_own_is_differentiated(devices):
+    """Over micro-batches with different numbers of labels, against the formula at once."""
+    model = make_model(nf4=False, num_hidden_layers=1)
+    graph, lora, frozen = model.split()
+    rng = np.random.default_rng(3)
+    ids = rng.integers(0, VOCAB, (2, 2, 17))
+    labels = np.where(rng.random(ids.shape) < [[[0.2]], [[0.7]]], ids, -100)
+
+    def at_once(lora):
+        module = nnx.merge(graph, lora, frozen)
+        x, _ = module(jnp.asarray(ids.reshape(4, 17), jnp.int32))
+        outputs = types.SimpleNamespace(logits=module.head().logits(x))
+        return smoothed(outputs, jnp.asarray(labels.reshape(4, 17)), (labels[..., 1:] != -100).sum())
+
+    want, gradient = jax.jit(jax.value_and_grad(at_once))(lora)
+    batch: Any = {"input_ids": jnp.asarray(ids, jnp.int32), "labels": jnp.asarray(labels, jnp.int32)}
+    if devices > 1:
+        model.shard(make_mesh({"fsdp": devices}, devices=jax.devices()[:devices]))
+        with pytest.raises(NotImplementedError, match="compute_loss_func is not implemented for a mesh with fsdp=2"):
+            make_train_step(model, optax.sgd(1.0), compute_loss_func=smoothed)
+        model.shard(mesh := make_mesh({"data": devices}, devices=jax.devices()[:devices]))
+        batch = put_batch(batch, mesh)
+    step = make_train_step(model, optax.sgd(1.0), remat="none", compute_loss_func=smoothed)
+    _, mine, frozen = model.split()
+    before = jax.tree.map(np.array, mine)
+    after, _, metrics = step(mine, optax.sgd(1.0).init(mine), frozen, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-6)
+    for old, new, g in zip(*map(jax.tree.leaves, (before, after, gradient)), strict=True):
+        np.testing.assert_allclose(old - np.asarray(new), g, atol=2e-6)  # float32 sums in another order
 
 
 def examples(n: int, low: int, high: int, seed=0) -> list[Example]:

@@ -174,7 +174,7 @@ def config(output_dir: Path, **kwargs: Any) -> SFTConfig:
 
 
 def make_trainer(output_dir: Path, *, model: Any = None, **kwargs: Any) -> SFTTrainer:
-    own = {k: kwargs.pop(k) for k in ("callbacks", "eval_dataset", "optimizers") if k in kwargs}
+    own = {k: kwargs.pop(k) for k in ("callbacks", "eval_dataset", "optimizers", "compute_loss_func") if k in kwargs}
     data = kwargs.pop("train_dataset", None) or rows()
     model = TinyLM() if model is None else model
     kind: Any = TinyTrainer if isinstance(model, TinyLM) else SFTTrainer
@@ -237,6 +237,58 @@ def test_training_a_llama_is_the_plain_step_in_a_loop(tmp_path: Path, caplog: py
     assert evaluated[-1]["eval_num_label_tokens"] == count
     assert evaluated[-1]["eval_loss"] == pytest.approx(total / count, rel=1e-5)  # float32
     assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"]
+
+
+def test_a_loss_of_ones_own(tmp_path: Path):
+    """Smoothed labels: what is logged and evaluated is the formula on the model's logits."""
+
+    def smoothed(outputs, labels, num_items_in_batch):
+        scores = jax.nn.log_softmax(outputs.logits[:, :-1])
+        assert outputs["logits"] is outputs.logits
+        kept = labels[:, 1:] != -100
+        hit = jnp.take_along_axis(scores, jnp.maximum(labels[:, 1:], 0)[..., None], -1)[..., 0]
+        return -jnp.sum(kept * (0.9 * hit + 0.1 * scores.mean(-1))) / num_items_in_batch
+
+    model = get_peft_model(tiny_llama(), r=2, verbose=False)
+    trainer = make_trainer(
+        tmp_path, model=model, max_steps=1, logging_steps=1, compute_loss_func=smoothed, eval_dataset=rows(5, seed=2),
+        per_device_eval_batch_size=3,
+    )  # fmt: skip
+
+    def by_hand(examples) -> float:
+        total, count = 0.0, 0
+        for row in examples:
+            ids = np.zeros(16, np.int64)
+            ids[: len(row["input_ids"])] = row["input_ids"]
+            scores = np.asarray(jax.nn.log_softmax(model.logits(ids[None])[0], axis=-1), np.float64)
+            where = range(2, len(row["input_ids"]))
+            total -= sum(0.9 * scores[t - 1, ids[t]] + 0.1 * scores[t - 1].mean() for t in where)
+            count += len(where)
+        return total / count
+
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(by_hand(rows(5, seed=2)), rel=1e-5)  # float32
+    batch = trainer._batches.batch(0)
+    taken = [i[: n + 1] for i, n in zip(batch["input_ids"].reshape(4, -1), _ends(batch["labels"]), strict=True)]
+    want = by_hand([{"input_ids": ids.tolist()} for ids in taken])
+    trainer.train()
+    assert trainer.state.log_history[-2]["loss"] == pytest.approx(want, rel=1e-5)
+
+    with pytest.raises(TypeError, match=r"returned an array of shape \(2, 16\); wanted a scalar"):
+        make_trainer(
+            tmp_path / "2", model=model, compute_loss_func=lambda outputs, labels, num_items_in_batch: labels
+        ).train()
+
+    class Own(SFTTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            raise AssertionError
+
+    with pytest.raises(TypeError, match="Own: compute_loss would never be called. Instead pass compute_loss_func"):
+        Own(TinyLM(), config(tmp_path), train_dataset=rows())
+
+
+def _ends(labels: np.ndarray) -> list[int]:
+    """The last label of each row."""
+    return [int(np.flatnonzero(row != -100)[-1]) for row in labels.reshape(-1, labels.shape[-1])]
 
 
 def test_a_llama_resumes_exactly(tmp_path: Path):
@@ -459,6 +511,77 @@ def test_early_stopping_callback_of_transformers(tmp_path: Path):
     assert trainer.state.best_metric == min(losses) and trainer.args.greater_is_better is False
     assert trainer.state.best_global_step == 1 + int(np.argmin(losses))
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+class Judge:
+    """Puts a metric of its own into what was evaluated."""
+
+    def __init__(self, scores: dict[int, float]) -> None:
+        self.scores = scores
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_score"] = self.scores[state.global_step]
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+@pytest.mark.parametrize("greater", [True, False])
+def test_the_best_model_is_kept_and_loaded_at_the_end(
+    tmp_path: Path, strategy: str, greater: bool, capsys: pytest.CaptureFixture
+):
+    """The best of 8 evaluations is the third, where nothing else would be saved; then other ones are worse."""
+    scores = {1: 0.2, 2: 0.4, 3: 0.9, 4: 0.1, 5: 0.8, 6: 0.7, 7: 0.6, 8: 0.5}
+    sign = 1 if greater else -1
+    adapters: dict[int, dict[str, np.ndarray]] = {}
+
+    class Watch:
+        def on_step_end(self, args, state, control, model, **kwargs):
+            adapters[state.global_step] = _leaves(model)
+
+    trainer = make_trainer(
+        tmp_path, eval_dataset=rows(3), eval_strategy="steps", eval_steps=1, eval_on_start=True,
+        save_strategy=strategy, save_steps=4, save_total_limit=1, metric_for_best_model="score",
+        greater_is_better=greater, load_best_model_at_end=True,
+        callbacks=[Judge({0: sign * 9.0, **{k: sign * v for k, v in scores.items()}}), Watch],
+    )  # fmt: skip
+    output = trainer.train()
+    assert output.global_step == trainer.state.global_step == 8
+    assert (trainer.state.best_global_step, trainer.state.best_metric) == (3, sign * 0.9)
+    assert trainer.state.best_model_checkpoint == str((tmp_path / "checkpoint-3").resolve())
+    assert_same_adapter(_leaves(trainer.model), adapters[3])
+    assert "Loaded the adapter of step 3, the best of all evaluations (score" in capsys.readouterr().err
+    # The newest of the others stays for a resume; with "best" none was saved.
+    wanted = ["checkpoint-3"] + ["checkpoint-8"] * (strategy == "steps")
+    assert [p.name for p in list_checkpoints(tmp_path)] == wanted
+    trainer.save_model()
+    assert_same_adapter(dict(np.load(tmp_path / "adapter.npz")), adapters[3])
+
+
+def test_the_best_so_far_is_known_after_a_resume(tmp_path: Path):
+    scores = {1: 0.5, 2: 0.9, 3: 0.1, 4: 0.3, 5: 0.7, 6: 0.6}
+    kwargs: dict[str, Any] = dict(
+        eval_dataset=rows(3), eval_strategy="steps", eval_steps=1,
+        save_steps=2, save_strategy="steps", save_total_limit=2,
+        metric_for_best_model="eval_score", greater_is_better=True, load_best_model_at_end=True,
+    )  # fmt: skip
+    first = make_trainer(tmp_path, max_steps=4, callbacks=[Judge(scores)], **kwargs)
+    first.train()
+    second = make_trainer(tmp_path, max_steps=6, callbacks=[Judge(scores)], **kwargs)
+    second.train(resume_from_checkpoint=True)
+    assert (second.state.best_global_step, second.state.best_metric) == (2, 0.9)
+    assert_same_adapter(_leaves(second.model), dict(np.load(tmp_path / "checkpoint-2" / "adapter.npz")))
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
+    # Without a metric the loss decides; the last evaluation is the best here, and nothing is loaded.
+    losses = make_trainer(
+        tmp_path / "loss", eval_dataset=rows(), eval_strategy="steps", eval_steps=4, load_best_model_at_end=True,
+        save_strategy="steps", save_steps=4,
+    )  # fmt: skip
+    losses.train()
+    assert losses.args.metric_for_best_model == "loss" and losses.args.greater_is_better is False
+    assert losses.state.best_global_step == 8
+    with pytest.raises(ValueError, match="metric_for_best_model='eval_bleu' is not among eval_loss, "):
+        make_trainer(
+            tmp_path / "bleu", eval_dataset=rows(), eval_strategy="steps", metric_for_best_model="bleu"
+        ).train()
 
 
 # ---- checkpoints, resume, signals --------------------------------------------------------------------------------

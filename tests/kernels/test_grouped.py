@@ -60,17 +60,17 @@ def relative(got, want) -> float:
 
 
 def run(x, weight, sizes, a, b, dy, scale=0.7, implementation=None):
-    sizes = jnp.asarray(sizes, jnp.int32)
+    """y and all gradients. Compiled once for all calls that differ in numbers alone."""
+    return _run(x, weight, jnp.asarray(sizes, jnp.int32), a, b, dy, scale, implementation, xla.BLOCK_ROWS)
 
+
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+def _run(x, weight, sizes, a, b, dy, scale, implementation, _block_rows):
     def f(x, a, b):
         return grouped_lora_matmul(x, weight, sizes, a, b, scale, implementation=implementation)
 
-    @jax.jit
-    def both(x, a, b, dy):
-        y, pull = jax.vjp(f, x, a, b)
-        return y, *pull(dy)
-
-    return both(x, a, b, dy)
+    y, pull = jax.vjp(f, x, a, b)
+    return y, *pull(dy)
 
 
 def check(implementation, routing, shape, rank, base, dtype):

@@ -137,11 +137,14 @@ def draws_of(m: int) -> range:
 @pytest.mark.parametrize(
     ("m", "shape", "rank", "double"),
     [
-        (33, (128, 64), 8, True),
-        (3, (64, 192), 16, False),
-        (1, (77, 64), 1, True),
-        (20, (48, 128), 70, True),
-        (17, (128, 64), 64, True),
+        pytest.param(m, shape, rank, double, marks=pytest.mark.rotate(f"{m} rows"))
+        for m, shape, rank, double in [
+            (33, (128, 64), 8, True),
+            (3, (64, 192), 16, False),
+            (1, (77, 64), 1, True),
+            (20, (48, 128), 70, True),
+            (17, (128, 64), 64, True),
+        ]
     ],
 )
 def test_lora_matmul_is_no_worse_than_the_plain_form(m, shape, rank, double, dropout):
@@ -233,8 +236,9 @@ def linear(x, dense, factors, i):
     ("m", "k", "sizes", "ranks"),
     [
         (37, 128, (128, 64, 64), (8, 16, 40)),  # merged forward, more than 64 columns
-        (3, 64, (96, 64, 48), (4, 0, 1)),  # one matmul each, one layer without adapter
-        (1, 192, (64, 32, 40), (16, 16, 16)),
+        # one matmul each, one layer without adapter
+        pytest.param(3, 64, (96, 64, 48), (4, 0, 1), marks=pytest.mark.rotate("few rows")),
+        pytest.param(1, 192, (64, 32, 40), (16, 16, 16), marks=pytest.mark.rotate("few rows")),
     ],
 )
 def test_lora_matmuls_are_no_worse_than_the_composition(m, k, sizes, ranks):
@@ -261,7 +265,12 @@ def test_lora_matmuls_are_no_worse_than_the_composition(m, k, sizes, ranks):
 
 @pytest.mark.parametrize(
     ("m", "k", "f", "ranks"),
-    [(37, 128, 192, (16, 8, 16)), (3, 64, 128, (4, 20, 1)), (1, 64, 64, (40, 40, 40)), (64, 64, 128, (8, 8, 8))],
+    [
+        pytest.param(37, 128, 192, (16, 8, 16), marks=pytest.mark.rotate("many rows")),
+        pytest.param(64, 64, 128, (8, 8, 8), marks=pytest.mark.rotate("many rows")),
+        pytest.param(3, 64, 128, (4, 20, 1), marks=pytest.mark.rotate("few rows")),
+        pytest.param(1, 64, 64, (40, 40, 40), marks=pytest.mark.rotate("few rows")),
+    ],
 )
 def test_lora_mlp_is_no_worse_than_the_composition(m, k, f, ranks):
     def draw(seed):
