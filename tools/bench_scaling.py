@@ -40,13 +40,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.plan import MEMORY_FRACTION
-from lora_jax.tools.bench_step import SHAPES, environment, hf_config, token_ids
+from lora_jax.tools.bench_step import SHAPES, abstract_model, environment, random_weights, token_ids
 
-SHAPES_HERE: dict[str, dict[str, Any]] = {
-    **SHAPES,
-    "llama3.3-70b": {**SHAPES["llama3.1-8b"], "hidden_size": 8192, "intermediate_size": 28672,
-                     "num_hidden_layers": 80, "num_attention_heads": 64},
-}  # fmt: skip
 # What fits one device of 80 GB too, so that efficiency compares the same work.
 REMAT = {"llama3.3-70b": "full"}
 TOLERANCE = 5e-3  # relative, of each of the first losses
@@ -114,53 +109,6 @@ def jobs_of(meshes: list[str], case: str, remat: str, losses: int) -> list[Job]:
 
 
 # ---- the process that measures --------------------------------------------------------------------------------------
-
-
-def abstract_model(shape: dict[str, Any], rank: int) -> Any:
-    """A bfloat16 `CausalLM` in double-quantised NF4 without its weights, and with an adapter."""
-    import jax.numpy as jnp
-
-    import lora_jax
-    from lora_jax.kernels.nf4.format import NF4Weight
-    from lora_jax.model import CausalLM
-    from lora_jax.models.decoder import Decoder
-    from lora_jax.models.linear import Linear
-    from lora_jax.models.moe import Router
-    from lora_jax.models.registry import config_from_hf
-
-    hf = hf_config(shape)
-    module = Decoder(config_from_hf(hf), jnp.bfloat16)
-    for _, stack, part in module.named_modules():
-        if stack is not None and isinstance(part, Linear) and not isinstance(part, Router):
-            part.weight.set_value(NF4Weight.abstract(part.weight.get_value().shape, True))
-    model = CausalLM(module, hf_config=hf, source=Path("random"))
-    return lora_jax.get_peft_model(model, r=rank, verbose=False)
-
-
-def random_weights(frozen: Any, hidden_size: int) -> Any:
-    """Values for the frozen leaves, to be called under jit: random bytes, of scales that keep activations finite."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from lora_jax.kernels.nf4.format import nested_code
-
-    def fill(path: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(path)
-        key = jax.random.key(sum(name.encode()))
-        if leaf.dtype == np.uint8:  # layer after layer: drawing a byte takes several
-            keys = jax.random.split(key, leaf.shape[0])
-            return jax.lax.map(lambda one: jax.random.bits(one, leaf.shape[1:], np.uint8), keys)
-        if "nested_code" in name:
-            return jnp.broadcast_to(jnp.asarray(nested_code()), leaf.shape)
-        if "nested" in name:  # scales of about 0.6 / sqrt(hidden size)
-            size = 0.1 if "absmax" in name else 0.6
-            return jnp.full(leaf.shape, size * hidden_size**-0.5, leaf.dtype)
-        if "norm" in name:
-            return jnp.ones(leaf.shape, leaf.dtype)
-        return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, frozen)
 
 
 def lower(model: Any, optimizer: Any, job: Job, devices: Any, scan_layers: bool | None) -> dict[str, Any]:
@@ -306,11 +254,11 @@ def work(args: argparse.Namespace, jobs: list[Job]) -> None:
         print(json.dumps({"job": number, **what}), flush=True)
 
     use_compile_cache()
-    shape = dict(SHAPES_HERE[args.model])
+    shape = dict(SHAPES[args.model])
     if args.layers:
         shape["num_hidden_layers"] = args.layers
     say(None, environment=environment())
-    model = abstract_model(shape, args.rank)
+    model = lora_jax.get_peft_model(abstract_model(shape), r=args.rank, verbose=False)
     optimizer, _ = make_optimizer(lora_jax.SFTConfig(output_dir="unused", learning_rate=2e-4), 1000)
     threads = max(1, min(len(jobs), args.compile_threads or (os.cpu_count() or 1) // 4))
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -470,7 +418,7 @@ def line_of(row: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--model", choices=SHAPES_HERE, default="llama3.1-8b")
+    made.add_argument("--model", choices=SHAPES, default="llama3.1-8b")
     made.add_argument("--layers", type=int, help="fewer layers than the model has")
     made.add_argument("--meshes", nargs="+", default=["data=1"], help="such as data=2,fsdp=4 or context=4@1x65536@full")
     made.add_argument("--case", default="2x2048", help="rows x tokens of a device that has rows of its own")

@@ -8,8 +8,7 @@ perplexity in llama.cpp, on a text that neither the importance matrix nor the fi
 `pydoc_data.topics`, in windows of 100 tokens. Types of 4 bits and fewer are compared once more with an importance
 matrix, the mean squares of the inputs of all linear layers over another part of that text; of their metadata, the
 entries that say where it came from are missing in llama.cpp's files here, since llama-quantize itself writes them. The
-width of SmolLM2, 576,
-does not divide by 256, so two thirds of the tensors are of the types that stand in for K-quants.
+width of SmolLM2, 576, does not divide by 256, so two thirds of the tensors are of types that stand in for K-quants.
 """
 
 import argparse

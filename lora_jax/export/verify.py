@@ -147,7 +147,8 @@ def check_folder(target: str, folder: Path, trained: Answers, dtype: str, *, nf4
     """The answers of a Hugging Face folder, loaded again."""
     from lora_jax.loading import load
 
-    options: Any = {"max_seq_length": None, "offload_embedding": False, "mesh": None, "revision": None, "token": None}
+    options: Any = dict.fromkeys(("max_seq_length", "mesh", "revision", "token"))
+    options |= {"offload_embedding": False, "offload_layers": False}
     try:
         model, _ = load(
             folder,
