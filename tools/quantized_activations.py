@@ -1,6 +1,7 @@
 """What keeping activations in 8 bits does to gradients and to training: the error of each tensor, and loss curves.
 
     python -m lora_jax.tools.quantized_activations --out results.json
+    python -m lora_jax.tools.quantized_activations --presets --out results.json
 
 A rematerialisation plan may keep a tensor for backward as int8 (`save_quantized`, see lora_jax.remat). The loss stays
 as it is; gradients do not. On SmolLM2-135M-Instruct in NF4 with rank 16, 20 steps into a training, this prints for
@@ -8,6 +9,8 @@ every tensor the relative error and the cosine of the gradients of each layer's 
 them what keys and values would do in NF4, and what bfloat16 in place of float32 arithmetic does. Then it trains from
 the same start with exact and with quantised activations, on rows in the same order. All arithmetic is float32, so that
 nothing but the tensors kept differs.
+
+With --presets it trains with each preset of rematerialisation instead: the losses should be the same but for rounding.
 """
 
 import argparse
@@ -24,6 +27,7 @@ ROWS, LENGTH = 2, 128  # of a step
 ALL = ("input", "q", "k", "v", "attention", "residual", "gate", "up")
 TENSORS = (*((name,) for name in ALL), ("k", "v"), ("gate", "up"), ("k", "v", "gate", "up"), ALL)
 TRAINED = (("k", "v"), ("gate", "up"), ALL)
+PRESETS = ("full", "none", "selective", "offload")
 
 
 def main() -> None:
@@ -31,9 +35,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training; 0 for none")
+    parser.add_argument("--presets", action="store_true", help="losses with each preset of rematerialisation instead")
     args = parser.parse_args()
     from lora_jax.tools.bench_step import environment
 
+    if args.presets:
+        return compare_presets(args.steps, args.out)
     result: dict[str, Any] = {"environment": environment(), "gradients": gradients()}
     if args.steps:
         result["losses"] = {}
@@ -42,6 +49,24 @@ def main() -> None:
             _print_losses(result["losses"])
             _write(args.out, result)
     _write(args.out, result)
+
+
+def compare_presets(steps: int, out: Path | None) -> None:
+    """Prints how far the losses of each preset are from those of the first, and writes them as JSON."""
+    import numpy as np
+
+    from lora_jax.tools.bench_step import environment
+
+    losses: dict[str, list[float]] = {}
+    for preset in PRESETS:
+        losses[preset] = _trained(_model("float32"), preset, steps)[1]
+        off = np.abs(np.divide(losses[preset], losses[PRESETS[0]]) - 1)
+        print(
+            f"{preset}: mean loss {np.mean(losses[preset]):.6f}, each within {off.max():.1e} of {PRESETS[0]}'s, "
+            f"{int((off == 0).sum())} of {steps} equal",
+            flush=True,
+        )
+        _write(out, {"environment": environment(), "losses": losses})
 
 
 def _write(out: Path | None, result: dict[str, Any]) -> None:
@@ -53,7 +78,7 @@ def gradients() -> list[dict[str, Any]]:
     """For each choice of tensors, relative errors and cosines of every layer's gradient."""
     import numpy as np
 
-    adapter, _ = _trained(_model("float32"), (), WARM_UP)
+    adapter, _ = _trained(_model("float32"), _plan(()), WARM_UP)
     batch = _batches(1, seed=1)[0]
     exact = _gradients(_model("float32"), adapter, batch, ())
     rows = []
@@ -79,7 +104,7 @@ def gradients() -> list[dict[str, Any]]:
 
 def train(names: tuple[str, ...], steps: int) -> list[float]:
     """Losses of `steps` steps with these tensors kept in 8 bits."""
-    return _trained(_model("float32"), names, steps)[1]
+    return _trained(_model("float32"), _plan(names), steps)[1]
 
 
 def _model(dtype: str) -> Any:
@@ -112,20 +137,20 @@ def _plan(names: tuple[str, ...]) -> Any:
     return RematPlan(((None, {**dict.fromkeys(ALL, "save"), **dict.fromkeys(names, "save_quantized")}),))
 
 
-def _trained(model: Any, names: tuple[str, ...], steps: int) -> tuple[Any, list[float]]:
-    """(adapter, losses) after training."""
+def _trained(model: Any, remat: Any, steps: int) -> tuple[Any, list[float]]:
+    """(adapter, losses) after training with a preset or plan."""
     from lora_jax import SFTConfig
     from lora_jax.optim import make_optimizer
     from lora_jax.step import make_train_step
 
     optimizer, _ = make_optimizer(SFTConfig(learning_rate=2e-4), max(steps, STEPS))
-    step = make_train_step(model, optimizer, remat=_plan(names))
+    step = make_train_step(model, optimizer, remat=remat)
     _, lora, frozen = model.split()
     state, losses, start = optimizer.init(lora), [], time.perf_counter()
     for batch in _batches(steps, seed=0):
         lora, state, metrics = step(lora, state, frozen, batch)
         losses.append(float(metrics["loss"]))
-    print(f"{' '.join(names) or 'exact'}: {steps} steps in {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{steps} steps in {time.perf_counter() - start:.0f} s", flush=True)
     return lora, losses
 
 
