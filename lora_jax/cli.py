@@ -218,8 +218,7 @@ def train(
     \b
     lora-jax train ORG/MODEL --data train.jsonl --epochs 1 --output-dir my-run
     lora-jax train --config run.yaml --lr 1e-4   (names as below, SFTConfig's, LoraConfig's)
-    srun lora-jax train --config run.yaml --mesh auto   (or mpirun, torchrun; by hand in each
-      process with --coordinator HOST:PORT --num-processes N --process-id I)
+    srun lora-jax train --config run.yaml --mesh auto   (or mpirun, torchrun; by hand: docs/gpus.md)
     """
     # Repeatable options that were not given are empty, not None.
     flags = {k: v for k, v in context.params.items() if k != "config" and v not in (None, [], ())}

@@ -719,13 +719,14 @@ def _entries(frozen, index: jax.Array, buffer: jax.Array | None = None):
     """Entry `index` of all that is stacked; `buffer` has those of its weights that are in the host's memory."""
     if buffer is not None:
         buffer = jax.device_put(buffer, jax.memory.Space.Device)
-    return jax.tree.map(lambda leaf: _entry(leaf, index, buffer), frozen, is_leaf=_is_nf4)
+    leaves, treedef = jax.tree.flatten(frozen, is_leaf=_is_nf4)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, parallel.Shard)]
+    whole = dict(zip(places, parallel.gathered([leaves[i].entry(index) for i in places]), strict=True))
+    return treedef.unflatten([whole[i] if i in whole else _entry(leaf, index, buffer) for i, leaf in enumerate(leaves)])
 
 
 def _entry(leaf, index: jax.Array, buffer: jax.Array | None):
     """Entry `index` of a stack of arrays or NF4 weights; NF4 weights stay where they are, for the kernels."""
-    if isinstance(leaf, parallel.Shard):
-        return leaf.layer(index)
     if not _is_nf4(leaf):
         return entry(leaf, index)
     layer = NF4Layer(leaf, index)

@@ -47,7 +47,7 @@ TOKENS, WIDTH, LAYERS, VOCAB = 8 * 64, 576, 2, 320
 # Of a layer's seven weights: (output features, input features), and which of them "tensor" divides by the output.
 WEIGHTS = [(128, 576), (64, 576), (64, 576), (576, 128), (128, 576), (128, 576), (576, 128)]
 PACKED = sum(n * k // 2 + n * k // 64 for n, k in WEIGHTS)  # bytes of a layer: codes, and codes of scales
-GATHERS = 2 * LAYERS * 2 * len(WEIGHTS)  # twice, forward and backward, codes and scales of every weight
+GATHERS = 2 * LAYERS  # forward and backward, codes and scales of all weights of a layer together
 
 
 def of_weights(found: list[list]) -> list[list]:

@@ -95,7 +95,10 @@ def test_meshes_of_a_tiny_model(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     rows = {result["mesh"]: result for result in results if not result["reference"]}
-    assert list(rows) == ["data=16", *(text.split("@")[0] for text in meshes[:-1])] and "places for 16 devices" in rows["data=16"]["error"]
+    assert (
+        list(rows) == ["data=16", *(text.split("@")[0] for text in meshes[:-1])]
+        and "places for 16 devices" in rows["data=16"]["error"]
+    )
     for mesh in ("fsdp=4", "tensor=2,fsdp=2", "context=2"):
         assert rows[mesh]["losses_compared"] == 20
         assert rows[mesh]["loss_difference"] < 1e-3  # bfloat16: rounding to 2^-9, of a mean over 128 tokens and more
