@@ -282,6 +282,7 @@ def _local_shape(leaf: Any) -> tuple[int, ...]:
 # layers in a loop. Where layers are written out, what is not computed again does not need its part. DoRA's gains, whose
 # gradients need what they scale, come with further [M, F] arrays.
 _MLP_ARRAYS, _MORE_WITH_DORA = 3.2, 4.0
+_MORE_FUSED = 3.5  # where one projection makes gate and up: these and their gradients lie together and apart
 _HIDDEN_ARRAYS, _DECODED, _LAYOUTS = (6.25, 6.0), (2.65, 3.0), (0.0, 1.0)
 _LEAST_HIDDEN_ARRAYS, _LEAST_DECODED = 2.0, 1.0
 _DECODED_EXPERTS, _LEAST_DECODED_EXPERTS = 3.0, 1.4
@@ -329,7 +330,8 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         if ALL in actions:  # the norms' results and the like
             unnamed += count * (3 if looped else 1) * rows * w.hidden * a
             unnamed += 0 if looped or not work.nf4 else count * a * _kept_weights(w)
-        here = a * (_mlp_arrays(actions) + _MORE_WITH_DORA * work.dora) * _rows_at_once(work, plan, actions) * w.mlp
+        arrays = _mlp_arrays(actions) + _MORE_WITH_DORA * work.dora + _MORE_FUSED * work.config.fused_gate_up
+        here = a * arrays * _rows_at_once(work, plan, actions) * w.mlp
         hidden, decoded, least = _HIDDEN_ARRAYS[looped], _DECODED[looped], _LEAST_DECODED
         if w.experts > 1:
             decoded, least = _DECODED_EXPERTS, _LEAST_DECODED_EXPERTS

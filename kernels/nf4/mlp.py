@@ -52,15 +52,15 @@ def lora_mlp(
         return project(ACTIVATIONS[activation](g) * u, down)
     scales = tuple(float(p.scale) for p in (gate, up, down))
     factors = tuple((p.a, p.b) for p in (gate, up, down))
-    y = _mlp(rows, (gate.w, up.w, down.w), factors, scales)
+    y = _mlp(rows, (gate.w, up.w, down.w), factors, scales, activation)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _why_not(x, gate, up, down, activation) -> str | None:
     from lora_jax.kernels.nf4 import triton, triton_mlp, triton_shared
 
-    if activation != "silu":
-        return f"its activation is silu, not {activation}"
+    if activation not in triton_mlp.ACTIVATIONS:
+        return f"its activations are {', '.join(triton_mlp.ACTIVATIONS)}, not {activation}"
     for name, p in (("gate", gate), ("up", up), ("down", down)):
         if p.a is None or p.b is None:
             return f"{name} has no adapter"
@@ -77,9 +77,9 @@ def _why_not(x, gate, up, down, activation) -> str | None:
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _mlp(x, weights, factors, scales):
-    return _mlp_fwd(x, weights, factors, scales)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _mlp(x, weights, factors, scales, activation):
+    return _mlp_fwd(x, weights, factors, scales, activation)[0]
 
 
 def _adapters(weights, factors, scales, dtype):
@@ -90,7 +90,7 @@ def _adapters(weights, factors, scales, dtype):
     return both, adapters(weights[2:], factors[2:], scales[2:], dtype)
 
 
-def _mlp_fwd(x, weights, factors, scales):
+def _mlp_fwd(x, weights, factors, scales, activation):
     from lora_jax.kernels.nf4 import triton, triton_mlp, triton_shared
     from lora_jax.kernels.nf4.triton_lora import dot_t
 
@@ -98,20 +98,21 @@ def _mlp_fwd(x, weights, factors, scales):
     f = weights[0].shape[0]
     (g, u), thin_x = triton_shared.forward(x, weights[:2], both)
     g, u = named(g, "gate"), named(u, "up")
-    h = triton_mlp.forward(g, u, down.a)
+    h = triton_mlp.forward(g, u, down.a, activation=activation)
     y = dot_t(h, triton.dequantize(weights[2], beside=down.b[0]))
     thin_x, thin_h = (checkpoint_name(t, "thin") for t in (thin_x, h[:, f : f + down.a.shape[1]]))
     return y, (x, g, u, thin_x, thin_h, weights, factors)
 
 
-def _mlp_bwd(scales, residuals, dy):
+def _mlp_bwd(scales, activation, residuals, dy):
     from lora_jax.kernels.nf4 import triton, triton_mlp, triton_shared
     from lora_jax.kernels.nf4.triton_lora import dot
 
     x, g, u, thin_x, thin_h, weights, factors = residuals
     both, down = _adapters(weights, factors, scales, x.dtype)
     dh = dot(dy, triton.dequantize(weights[2], beside=down.b[0]))  # [dh of the base, dy B^T]
-    dg, du, da_down, db_gate, db_up = triton_mlp.backward(g, u, dh, thin_x, both.widths, down.a)
+    backward = functools.partial(triton_mlp.backward, activation=activation)
+    dg, du, da_down, db_gate, db_up = backward(g, u, dh, thin_x, both.widths, down.a)
     dx, dthin = triton_shared.input_gradient_of_two((dg, du), weights[:2], both)
     da = _wide(x.T, dthin)
     ranks = [a.shape[1] for a, _ in factors]

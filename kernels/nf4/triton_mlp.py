@@ -1,4 +1,7 @@
-"""Pallas-Triton kernels between the matmuls of a gated feed-forward layer with adapters, h = silu(gate) up.
+"""Pallas-Triton kernels between the matmuls of a gated feed-forward layer with adapters, h = act(gate) up.
+
+Activations are x sigmoid(z(x)): silu with z = x; gelu, as its approximation by tanh says, with z = 2 sqrt(2 / pi)
+(x + 0.044715 x^3), since (1 + tanh(y)) / 2 = sigmoid(2 y) (Hendrycks and Gimpel, arXiv 1606.08415).
 
 Each reads and writes every [M, F] array once and makes the thin products of the adapters on the way: forward writes
 [h, h A, 0]; backward turns the gradient of h into those of gate and up and sums the gradients of down's A and of gate's
@@ -22,6 +25,7 @@ tile, and for the loads of dh, which were not ahead. Forward ran in two rounds, 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -32,19 +36,27 @@ from lora_jax.kernels import dispatch
 from lora_jax.kernels.nf4.triton import asm
 from lora_jax.kernels.nf4.triton_adapter import extend_combined, load, row_mask, store
 
-__all__ = ["MAX_RANK", "backward", "forward"]
+__all__ = ["ACTIVATIONS", "MAX_RANK", "backward", "forward"]
 
 MAX_RANK = 64  # of each adapter: backward keeps three sums [64, rank] in registers
 
+_GELU, _CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
+# z(x) and its derivative.
+ACTIVATIONS = {
+    "silu": (lambda x: x, lambda x: 1),
+    "gelu_tanh": (lambda x: x * (_GELU + _GELU * _CUBE * (x * x)), lambda x: _GELU + 3 * _GELU * _CUBE * (x * x)),
+}
 
-def forward(gate: jax.Array, up: jax.Array, a: jax.Array, *, step: int = 64) -> jax.Array:
-    """Returns [h, h a, 0], bfloat16 [M, F + E], for gate and up [M, F] and a [F, R]."""
 
-    def activation(gate, up):
+def forward(gate: jax.Array, up: jax.Array, a: jax.Array, *, activation: str = "silu", step: int = 64) -> jax.Array:
+    """Returns [h, h a, 0], bfloat16 [M, F + E], for gate and up [M, F] and a [F, R]; activation: of ACTIVATIONS."""
+    z, _ = ACTIVATIONS[activation]
+
+    def gated(gate, up):
         wide = gate.astype(jnp.float32)
-        return (wide * _sigmoid(wide) * up.astype(jnp.float32)).astype(gate.dtype)
+        return (wide * _sigmoid(z(wide)) * up.astype(jnp.float32)).astype(gate.dtype)
 
-    return extend_combined(activation, (gate, up), a, "lora_swiglu", step=step)
+    return extend_combined(gated, (gate, up), a, "lora_swiglu", step=step)
 
 
 def backward(
@@ -55,6 +67,7 @@ def backward(
     widths: tuple[int, ...],
     a: jax.Array,
     *,
+    activation: str = "silu",
     block: int = 32,
     cols: int = 64,
     parts: int | None = None,
@@ -69,6 +82,7 @@ def backward(
       x_thin: [M, S], the products of x with gate's and with up's A side by side.
       widths: columns of either among the S, powers of two of at least 16.
       a: down's A [F, R].
+      activation: of ACTIVATIONS.
       block, cols: rows and columns of a tile.
       parts: row ranges that are summed apart, so that enough programs run; None for as many as run at once.
       warps, stages: of a program, and of its pipeline of loads.
@@ -85,7 +99,7 @@ def backward(
     sums = [jax.ShapeDtypeStruct((parts, f, width), jnp.float32) for width in (r, *widths)]
     gradients = (jax.ShapeDtypeStruct(gate.shape, gate.dtype),) * 2
     dgate, dup, *sums = pl.pallas_call(
-        functools.partial(_backward_kernel, widths=widths, block=block, cols=cols, parts=parts),
+        functools.partial(_backward_kernel, activation=activation, widths=widths, block=block, cols=cols, parts=parts),
         grid=(f // cols, parts),
         out_shape=(*gradients, *sums),
         input_output_aliases={0: 0, 1: 1},  # a program overwrites what it alone has read
@@ -98,9 +112,10 @@ def backward(
 
 
 def _backward_kernel(
-    gate_ref, up_ref, dh_ref, thin_ref, a_ref, dgate_ref, dup_ref, *sum_refs, widths, block, cols, parts
+    gate_ref, up_ref, dh_ref, thin_ref, a_ref, dgate_ref, dup_ref, *sum_refs, activation, widths, block, cols, parts
 ):
     (m, f), r = gate_ref.shape, a_ref.shape[1]
+    z, slope = ACTIVATIONS[activation]
     part, start = pl.program_id(1), pl.program_id(0) * cols
     columns = pl.ds(start, cols)
     minus_a = a_ref[columns, :]
@@ -116,11 +131,11 @@ def _backward_kernel(
         # The compiler would make dh the start of the dot's accumulator if it were added, and does not load
         # accumulators ahead.
         dh -= plgpu.dot(minus_a, dthin, trans_b=True)
-        sigmoid = _sigmoid(gate)
-        silu, dsilu = gate * sigmoid, dh * up
-        dgate = (dsilu * sigmoid * (1 + (gate - silu))).astype(dgate_ref.dtype)
-        dup = (dh * silu).astype(dgate_ref.dtype)
-        h = (silu * up).astype(dgate_ref.dtype)
+        sigmoid = _sigmoid(z(gate))
+        act, dact = gate * sigmoid, dh * up
+        dgate = (dact * sigmoid * (1 + (gate - act) * slope(gate))).astype(dgate_ref.dtype)
+        dup = (dh * act).astype(dgate_ref.dtype)
+        h = (act * up).astype(dgate_ref.dtype)
         store(dgate_ref, (rows, columns), dgate.T, mask)
         store(dup_ref, (rows, columns), dup.T, mask)
         products = ((h, dthin), (dgate, thin_gate), (dup, thin_up))

@@ -102,10 +102,10 @@ def nf4_prologue(capability: str) -> Iterator[Program]:
         y, pull = jax.vjp(lambda x, a, b: lora_matmul(x, w, a, b, 0.5, implementation="triton"), x, a, b)
         return pull(jnp.ones_like(y))
 
-    def mlp(x, weights, factors):
+    def mlp(x, weights, factors, activation="silu"):
         def f(x, factors):
             projections = (Projection(w, a, b, 0.5) for w, (a, b) in zip(weights, factors, strict=True))
-            return lora_mlp(x, *projections, implementation="triton")
+            return lora_mlp(x, *projections, activation=activation, implementation="triton")
 
         y, pull = jax.vjp(f, x, factors)
         return pull(jnp.ones_like(y))
@@ -131,6 +131,8 @@ def nf4_prologue(capability: str) -> Iterator[Program]:
         factors = tuple(adapter(*nk, rank) for nk in shapes)
         for m in (256, 300):
             yield f"lora_mlp M={m} R={rank}", mlp, (shape(m, 256), weights, factors)
+        gelu = functools.partial(mlp, activation="gelu_tanh")
+        yield f"lora_mlp gelu R={rank}", gelu, (shape(256, 256), weights, factors)
         shapes = ((512, 1024), (128, 1024), (128, 1024))
         weights = tuple(NF4Weight.abstract(nk, True) for nk in shapes)
         yield f"lora_matmuls R={rank}", shared, (shape(300, 1024), weights, tuple(adapter(*nk, rank) for nk in shapes))

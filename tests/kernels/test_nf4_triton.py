@@ -264,27 +264,29 @@ def test_lora_matmuls_are_no_worse_than_the_composition(m, k, sizes, ranks):
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "f", "ranks"),
+    ("m", "k", "f", "ranks", "activation"),
     [
-        pytest.param(37, 128, 192, (16, 8, 16), marks=pytest.mark.rotate("many rows")),
-        pytest.param(64, 64, 128, (8, 8, 8), marks=pytest.mark.rotate("many rows")),
-        pytest.param(3, 64, 128, (4, 20, 1), marks=pytest.mark.rotate("few rows")),
-        pytest.param(1, 64, 64, (40, 40, 40), marks=pytest.mark.rotate("few rows")),
+        pytest.param(37, 128, 192, (16, 8, 16), "silu", marks=pytest.mark.rotate("many rows")),
+        pytest.param(64, 64, 128, (8, 8, 8), "silu", marks=pytest.mark.rotate("many rows")),
+        pytest.param(3, 64, 128, (4, 20, 1), "silu", marks=pytest.mark.rotate("few rows")),
+        pytest.param(1, 64, 64, (40, 40, 40), "silu", marks=pytest.mark.rotate("few rows")),
+        (37, 128, 192, (16, 8, 16), "gelu_tanh"),
     ],
 )
-def test_lora_mlp_is_no_worse_than_the_composition(m, k, f, ranks):
+def test_lora_mlp_is_no_worse_than_the_composition(m, k, f, ranks, activation):
     def draw(seed):
         x, weights, factors, dense = layers_of(m, ((f, k), (f, k), (k, f)), ranks, seed)
         dy = normal(np.random.default_rng(seed), m, k)
 
         def definition(x, factors):
-            h = jax.nn.silu(linear(x, dense, factors, 0)) * linear(x, dense, factors, 1)
+            act = jax.nn.silu if activation == "silu" else jax.nn.gelu  # which is the approximation, by default
+            h = act(linear(x, dense, factors, 0)) * linear(x, dense, factors, 1)
             return linear(h, dense, factors, 2)
 
         return weights, (x, factors), dy, wide_gradients(definition, (x, factors), dy)
 
     def run(implementation, weights, x, factors):
-        return lora_mlp(x, *projections(weights, factors), implementation=implementation)
+        return lora_mlp(x, *projections(weights, factors), activation=activation, implementation=implementation)
 
     draws = [draw(seed) for seed in draws_of(m)]
     found = {"triton": errors(functools.partial(run, "triton"), draws)}
@@ -301,6 +303,7 @@ def test_lora_mlp_is_no_worse_than_the_composition(m, k, f, ranks):
         (37, 192, dict(block=16, parts=3)),
         (3, 48, dict(block=64, cols=16, parts=2)),
         (1, 64, dict(parts=1)),
+        (37, 128, dict(activation="gelu_tanh")),
     ],
 )
 def test_backward_of_the_gated_activation(m, f, tiles):
@@ -313,10 +316,15 @@ def test_backward_of_the_gated_activation(m, f, tiles):
     wide = [np.asarray(z, np.float64) for z in (gate, up, dh, thin, a)]
     gate, up, dh, thin, a = wide
     dthin, dh = dh[:, f : f + 32], dh[:, :f] + dh[:, f : f + 32] @ a.T
-    sigmoid = 1 / (1 + np.exp(-gate))
-    silu = gate * sigmoid
-    dgate, dup = dh * up * sigmoid * (1 + gate * (1 - sigmoid)), dh * silu
-    want = (dgate, dup, (silu * up).T @ dthin, dgate.T @ thin[:, :16], dup.T @ thin[:, 16:48])
+    if "activation" in tiles:
+        tanh = np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))
+        act = gate * (1 + tanh) / 2
+        slope = (1 + tanh) / 2 + gate * (1 - tanh**2) / 2 * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * gate**2)
+    else:
+        sigmoid = 1 / (1 + np.exp(-gate))
+        act, slope = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
+    dgate, dup = dh * up * slope, dh * act
+    want = (dgate, dup, (act * up).T @ dthin, dgate.T @ thin[:, :16], dup.T @ thin[:, 16:48])
     # Every term is rounded to bfloat16 once, by at most 2^-8 of itself.
     for one, other in zip(got, want, strict=True):
         assert relative(one, other) < 2**-8
@@ -378,8 +386,8 @@ def test_refusals_of_lora_matmuls():
         lora_matmuls(x[:, :32], good)
     with pytest.raises(ValueError, match="both LoRA factors"):
         lora_matmuls(x, [good[0]._replace(b=None)])
-    with pytest.raises(NotImplementedError, match="silu, not gelu_tanh"), using(lora_mlp="triton"):
-        lora_mlp(x, *good, activation="gelu_tanh")
+    with pytest.raises(NotImplementedError, match="silu, gelu_tanh, not relu"), using(lora_mlp="triton"):
+        lora_mlp(x, *good, activation="relu")
 
 
 def live_calls(jaxpr, found):
