@@ -193,10 +193,10 @@ def attention(capability: str) -> Iterator[Program]:
 
 
 def rms_norm(capability: str) -> Iterator[Program]:
-    """Forward and backward, with a residual and without, both widths of programs."""
+    """Forward and backward, with a residual and without, one and several rows a program."""
     from lora_jax.kernels import rms_norm_triton as triton
 
-    for dim, residual in ((4096, True), (300, False)):
+    for dim, residual in ((4096, True), (300, False), (128, False)):
         x, vector, inverse = shape(64, dim), shape(dim), shape(64, dtype=jnp.float32)
         forward = functools.partial(triton.forward, eps=1e-5, plus_one=False)
         backward = functools.partial(triton.backward, plus_one=True)

@@ -14,7 +14,7 @@ from lora_jax.kernels.rms_norm import add_rms_norm, branch_rms_norm, rms_norm
 @pytest.mark.parametrize("norm", [rms_norm, add_rms_norm, branch_rms_norm], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 3, 77), (3, 4096)])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (37, 77), (3, 4096)])  # of 77 and less a program has several rows
 def test_values_and_gradients_against_float64(shape, dtype, plus_one, norm, implementation):
     rng = np.random.default_rng(0)
     x, residual, dout, dtotal = (jnp.asarray(rng.normal(size=shape) * scale, dtype) for scale in (3.0, 3.0, 1.0, 1.0))
