@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax import LoraConfig
 from lora_jax.generation import _forward
 from lora_jax.kernels import dispatch
 from lora_jax.kernels.nf4 import matmul
@@ -31,7 +32,7 @@ def compiled_step(capability: str, implementation: str, rows: int) -> Any:
     table = ({"n": 512, "k": 256, "rows": [{"m": None, "forward": implementation, "dx": "triton"}]},)
     matmul.tuning = lambda op: table
     dispatch.compute_capability = lambda: ".".join(capability.removeprefix("sm_"))
-    model = abstract_model(CONFIG, 4)
+    model = abstract_model(CONFIG, LoraConfig(r=4))
     graph, lora, frozen = model.split()
     cache = jax.eval_shape(lambda: model.module.new_cache(rows, 64))
     ids, start = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 1), (rows,)))

@@ -555,7 +555,8 @@ def test_plan_prints_memory_time_and_limits(config_only, monkeypatch, capsys):
     [
         (("--gpu", "12GB", "--batch", "64"), "rows of this length fit"),
         (("--gpu", "12GB", "--remat", "selective"), 'With remat="auto" they fit'),
-        (("--gpu", "6GB"), "take a smaller model or a larger GPU"),
+        (("--gpu", "6GB"), "With offload_layers=True"),
+        (("--gpu", "3GB"), "take a smaller model or a larger GPU"),
         (("--gpu", "TPU"), "none of the cards"),
         (("--gpu", "24GB", "--remat", "most"), "remat='most' is unknown"),
         (("--gpu", "24GB", "--target-modules", "q_prj"), "Did you mean 'q_proj'?"),
@@ -573,7 +574,7 @@ def test_train_refuses_what_cannot_fit_before_it_loads(config_only, tmp_path, mo
     data = tmp_path / "rows.jsonl"
     data.write_text('{"text": "one"}\n')
     settings = tmp_path / "run.yaml"
-    settings.write_text("gradient_checkpointing: auto\nmemory_budget: 5GB\n")
+    settings.write_text("gradient_checkpointing: auto\nmemory_budget: 2GB\n")
     assert run(monkeypatch, "train", config_only, "--data", data, "--config", settings, "-o", tmp_path / "run") == 2
     assert "take a smaller model or a larger GPU" in capsys.readouterr().err  # the folder holds no weights to load
 
