@@ -59,8 +59,8 @@ def main() -> None:
         report(f"{case[1]} {case[2]}", *case)
     entry = decoder._entry
 
-    def cut(leaf, index):
-        layer = entry(leaf, index)
+    def cut(leaf, index, buffer):
+        layer = entry(leaf, index, buffer)
         return layer.cut() if isinstance(layer, NF4Layer) else layer
 
     decoder._entry = cut
