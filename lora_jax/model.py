@@ -116,12 +116,13 @@ class CausalLM:
         is at work: with long rows that costs little, in generation every token waits for all of them.
 
         Raises:
-          ValueError: the backend has no pinned host memory.
+          ValueError: the layers' weights are not in NF4, or the backend has no pinned host memory.
           NotImplementedError: the model is shared out over several devices.
         """
         if self.mesh is not None:
             raise NotImplementedError("offload_layers: the model is shared out over several devices; share it out more")
-        offload(self.module)
+        if not self.streams_layers:
+            offload(self.module)
 
     def with_embeddings(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with "inputs_embeds" [..., D] for its "input_ids" [...], if the embedding table is offloaded.

@@ -55,11 +55,17 @@ class Streamed:
 
 
 def make_room(module: "Decoder") -> None:
-    """Gives every NF4 weight of the layers room for its codes in numpy buffers, for `set_layer` to fill them."""
+    """Gives every NF4 weight of the layers room for its codes in numpy buffers, for `set_layer` to fill them.
+
+    Raises:
+      ValueError: there is none.
+    """
     stacks: dict[int, list] = {}
     for _, stack, part in module.block_linears():
         if isinstance(part.weight.get_value(), NF4Weight):
             stacks.setdefault(stack.first, []).append(part.weight)
+    if not stacks:
+        raise ValueError("offload_layers is for weights in NF4, of which the layers have none: set load_in_4bit=True")
     for weights in stacks.values():
         shapes = [weight.get_value().packed.shape for weight in weights]
         sizes = [math.prod(shape[1:]) for shape in shapes]

@@ -102,6 +102,7 @@ def test_generation_merging_and_moving_are_the_same(models):
         np.testing.assert_array_equal(tensor.read(), tensors[name].read(), err_msg=name)
     moved = load(usual.source)
     moved.offload_layers()
+    moved.offload_layers()  # changes nothing
     want = [np.asarray(buffer) for codes in streamed.streamed_codes() for buffer in codes.buffers]
     got = [np.asarray(buffer) for codes in moved.streamed_codes() for buffer in codes.buffers]
     for a, b in zip(got, want, strict=True):
@@ -112,6 +113,8 @@ def test_what_cannot_be_is_refused(models):
     folder = models[0].source
     with pytest.raises(ValueError, match="load_in_4bit=True"):
         from_pretrained(folder, offload_layers=True, load_in_4bit=False, progress=False)
+    with pytest.raises(ValueError, match="load_in_4bit=True"):
+        load(folder, load_in_4bit=False).offload_layers()
     with pytest.raises(ValueError, match="one device"):
         from_pretrained(folder, offload_layers=True, mesh={"data": 1}, progress=False)
     with pytest.raises(NotImplementedError, match="host's memory"):
