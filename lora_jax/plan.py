@@ -282,7 +282,7 @@ def _local_shape(leaf: Any) -> tuple[int, ...]:
 # layers in a loop. Where layers are written out, what is not computed again does not need its part. DoRA's gains, whose
 # gradients need what they scale, come with further [M, F] arrays.
 _MLP_ARRAYS, _MORE_WITH_DORA = 3.2, 4.0
-_MORE_FUSED = 3.5  # where one projection makes gate and up: these and their gradients lie together and apart
+_MORE_FUSED = 3.5  # in 16 bits, where one weight makes gate and up: these and their gradients lie together and apart
 _HIDDEN_ARRAYS, _DECODED, _LAYOUTS = (6.25, 6.0), (2.65, 3.0), (0.0, 1.0)
 _LEAST_HIDDEN_ARRAYS, _LEAST_DECODED = 2.0, 1.0
 _DECODED_EXPERTS, _LEAST_DECODED_EXPERTS = 3.0, 1.4
@@ -330,7 +330,11 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         if ALL in actions:  # the norms' results and the like
             unnamed += count * (3 if looped else 1) * rows * w.hidden * a
             unnamed += 0 if looped or not work.nf4 else count * a * _kept_weights(w)
-        arrays = _mlp_arrays(actions) + _MORE_WITH_DORA * work.dora + _MORE_FUSED * work.config.fused_gate_up
+        arrays = (
+            _mlp_arrays(actions)
+            + _MORE_WITH_DORA * work.dora
+            + _MORE_FUSED * (work.config.fused_gate_up and not work.nf4)
+        )
         here = a * arrays * _rows_at_once(work, plan, actions) * w.mlp
         hidden, decoded, least = _HIDDEN_ARRAYS[looped], _DECODED[looped], _LEAST_DECODED
         if w.experts > 1:
@@ -339,6 +343,7 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
             missing = 0 if ALL in actions else len(_missing(actions)) / len(_BUNDLES)
             hidden = _LEAST_HIDDEN_ARRAYS + missing * (hidden - _LEAST_HIDDEN_ARRAYS)
             decoded = least + missing * (decoded - least)
+        here += a * work.config.fused_qkv * rows * (w.q + w.k + w.v)  # together and apart
         here += a * (hidden * rows * w.hidden + decoded * w.experts * w.hidden * w.mlp)
         # While one layer's tensors are in use, those of the next are on their way.
         here += _streamed(work, w) * (1 if looped else 2)

@@ -22,7 +22,7 @@ from lora_jax.kernels.kept import dequantize, named, quantize
 from lora_jax.kernels.loss import Head
 from lora_jax.kernels.nf4.format import BLOCK, NF4Layer, NF4Weight
 from lora_jax.kernels.nf4.mlp import ACTIVATIONS, lora_mlp
-from lora_jax.kernels.nf4.shared_input import lora_matmuls
+from lora_jax.kernels.nf4.shared_input import halves, lora_matmuls
 from lora_jax.kernels.rope import RopeConfig, apply_rope, rope_tables
 from lora_jax.models.linear import Embedding, Linear, RMSNorm, entry, value
 from lora_jax.models.mla import LatentAttention, LatentConfig
@@ -240,10 +240,13 @@ class MLP(nnx.Module):
         return _by_parts(of_part, x.reshape(-1, x.shape[-1]), trained, frozen, rows).reshape(x.shape)
 
     def _rows(self, x: jax.Array, key: Callable[[int], jax.Array | None] = lambda site: None) -> jax.Array:
-        if not hasattr(self, "gate_up_proj"):
-            layers = enumerate((self.gate_proj, self.up_proj, self.down_proj), start=4)
-            projections = (one.projection(key(site)) for site, one in layers)
-            return parallel.leave(lora_mlp(parallel.enter(x), *projections, activation=self.activation))
+        if hasattr(self, "gate_up_proj"):
+            both = halves(self.gate_up_proj.projection(key(4)))
+        else:
+            both = self.gate_proj.projection(key(4)), self.up_proj.projection(key(5))
+        if both is not None:
+            down = self.down_proj.projection(key(6))
+            return parallel.leave(lora_mlp(parallel.enter(x), *both, down, activation=self.activation))
         gate, up = jnp.split(self.gate_up_proj(x, key(4)), 2, axis=-1)
         gate, up = named(gate, "gate"), named(up, "up")
         return self.down_proj(ACTIVATIONS[self.activation](gate) * up, key(6))

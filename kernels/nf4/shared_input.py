@@ -3,17 +3,17 @@
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.kernels.dispatch import on_gpu, resolve
-from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight
+from lora_jax.kernels.nf4.format import BLOCK, NESTED_BLOCK, NF4Layer, NF4Weight
 from lora_jax.kernels.nf4.matmul import choose, lora_matmul
 
-__all__ = ["Projection", "lora_matmuls", "preference", "project"]
+__all__ = ["Projection", "halves", "lora_matmuls", "preference", "project"]
 
 
 class Projection(NamedTuple):
@@ -27,6 +27,41 @@ class Projection(NamedTuple):
     dropout_rate: float = 0.0
     dropout_key: jax.Array | None = None
     gain: jax.Array | None = None  # [N], float32, DoRA's; None for 1
+
+
+def halves(p: Projection) -> tuple[Projection, Projection] | None:
+    """The two layers [N, K] that one of [2N, K] is, as checkpoints have it that fuse gate and up; both share its A.
+
+    Nothing is copied: a stack of L such weights is one of 2L. None where the weight is not in NF4, or scales of the
+    second level belong to both halves.
+    """
+    w = p.w if isinstance(p.w, NF4Layer) else NF4Layer(jax.tree.map(lambda x: x[None], p.w), jnp.int32(0))
+    if not isinstance(stack := w.stack, NF4Weight) or len(w.shape) != 2 or w.shape[0] % 2 or w.shape[1] % BLOCK:
+        return None
+    n, k = w.shape[0] // 2, w.shape[1]
+    if stack.double_quantized and n * k // BLOCK % NESTED_BLOCK:
+        return None
+
+    def apart(x: jax.Array | None) -> Any:
+        return None if x is None else x.reshape(2 * len(x), x.shape[1] // 2, *x.shape[2:])
+
+    def twice(x: jax.Array | None) -> Any:
+        return None if x is None else jnp.repeat(x, 2, axis=0)
+
+    both = NF4Weight(
+        apart(stack.packed),
+        apart(stack.absmax),
+        apart(stack.nested_absmax),
+        twice(stack.nested_offset),
+        twice(stack.nested_code),
+    )
+
+    def half(i: int) -> Projection:
+        columns = slice(i * n, (i + 1) * n)
+        b, bias, gain = (None if x is None else x[..., columns] for x in (p.b, p.bias, p.gain))
+        return p._replace(w=NF4Layer(both, 2 * w.index + i), b=b, bias=bias, gain=gain)
+
+    return half(0), half(1)
 
 
 def project(x: jax.Array, p: Projection) -> jax.Array:

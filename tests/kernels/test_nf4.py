@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lora_jax.kernels.nf4 import NF4Weight, dequantize, lora_matmul, quantize
-from lora_jax.kernels.nf4.format import CODE, nested_code
+from lora_jax.kernels.nf4.format import CODE, NF4Layer, cut, nested_code
+from lora_jax.kernels.nf4.shared_input import Projection, halves, project
 
 SHAPES = [(64, 128), (96, 192), (5, 96), (7, 10), (300, 576)]  # 64 divides K, and does not
 
@@ -208,3 +209,35 @@ def test_lora_matmul_refuses():
         lora_matmul(x, w, a, b, dropout_rate=0.1)
     with pytest.raises(ValueError, match="'cuda' is unknown; known are xla"):
         lora_matmul(x, w, a, b, implementation="cuda")
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_halves_of_a_fused_layer_are_its_rows(double, stacked):
+    """Codes and scales are where they were, bit for bit; the products, and gradients of A, B and x, follow."""
+    rng = np.random.default_rng(0)
+    weights = [quantize(jnp.asarray(rng.normal(size=(512, 128)), jnp.float32), double) for _ in range(3)]
+    w = NF4Layer(jax.tree.map(lambda *x: jnp.stack(x), *weights), jnp.int32(2)) if stacked else weights[2]
+    sizes = ((5, 128), (128, 4), (4, 512), 512, (5, 512))
+    x, a, b, bias, dy = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes)
+
+    def whole(x, a, b):
+        return project(x, Projection(w, a, b, 0.5, bias))
+
+    def apart(x, a, b):
+        parts = halves(Projection(w, a, b, 0.5, bias))
+        assert parts is not None
+        return jnp.concatenate([project(x, part) for part in parts], axis=1)
+
+    decoded = [dequantize(cut(part.w), jnp.float32) for part in halves(Projection(w)) or ()]
+    np.testing.assert_array_equal(jnp.concatenate(decoded), dequantize(weights[2], jnp.float32))
+    (want, pull_want), (got, pull_got) = jax.vjp(whole, x, a, b), jax.vjp(apart, x, a, b)
+    for one, other in zip((got, *pull_got(dy)), (want, *pull_want(dy)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)  # float32 sums in another order
+
+
+def test_halves_that_share_scales_are_none():
+    rng = np.random.default_rng(0)
+    odd = quantize(jnp.asarray(rng.normal(size=(96, 64)), jnp.float32))  # 48 blocks each, of 256 that share a scale
+    assert halves(Projection(odd)) is None
+    assert halves(Projection(jnp.zeros((4, 64)))) is None

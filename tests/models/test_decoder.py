@@ -7,7 +7,9 @@ import pytest
 
 from lora_jax import get_peft_model
 from lora_jax.kernels.dispatch import using
+from lora_jax.kernels.nf4.shared_input import halves
 from lora_jax.kernels.rope import RopeConfig
+from lora_jax.models import decoder
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.registry import config_from_hf
 from lora_jax.step import sum_of_losses
@@ -165,3 +167,24 @@ def test_fused_projections_change_a_step_by_less_than_bfloat16_does(remat, tmp_p
         size = np.linalg.norm(exact)
         assert 0 < np.linalg.norm(one - exact) < 1.2 * np.linalg.norm(other - exact) + 0.005 * size
         assert np.linalg.norm(one - other) < 0.05 * size  # other roundings; 0.02 to 0.035 for two layers
+
+
+def test_fused_gate_and_up_in_nf4_are_two_layers(tmp_path, monkeypatch):
+    """Phi-3's gate_up_proj runs as gate and up, whose codes are rows of it; apart from rounding nothing changes."""
+    hf = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "intermediate_size": 256}
+    tiny.write_random(tmp_path / "model", tiny.config(**hf))
+    model = tiny.open_model(tmp_path / "model", "nf4-double")
+    tiny.randomize_adapter(get_peft_model(model, r=4, verbose=False))
+    graph, lora, frozen = model.split()
+    batch = {"input_ids": tiny.ids(2, 16), "labels": tiny.ids(2, 16)}
+
+    def gradient():
+        return jax.jit(jax.value_and_grad(lambda lora: sum_of_losses(graph, lora, frozen, batch)[0]))(lora)
+
+    used = []
+    monkeypatch.setattr(decoder, "halves", lambda p: used.append(both := halves(p)) or both)
+    got = gradient()
+    assert used and None not in used
+    monkeypatch.setattr(decoder, "halves", lambda p: None)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(gradient()), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())  # float32
