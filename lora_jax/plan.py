@@ -225,7 +225,8 @@ def of_config(
         weights, share = bytes_here(frozen, mesh), share_of_adapters(shapes, mesh)
     offload_embedding = offload_embedding and not config.tie_embeddings
     table = math.prod(vocabulary) * module.dtype.itemsize
-    streamed = sum(_bytes(_big(part.weight.get_value())) for _, _, part in module.block_linears()) * offload_layers
+    held = [part.weight.get_value() for _, _, part in module.block_linears() if offload_layers]
+    streamed = sum(_bytes(weight.packed) for weight in held if isinstance(weight, NF4Weight))
     return Workload(
         config=config,
         weights=weights + int(share * 4 * sum(map(math.prod, beside))) - offload_embedding * table - streamed,
@@ -246,11 +247,6 @@ def of_config(
 def _rank(config: "LoraConfig") -> int:
     """Of the factors that the layers multiply by: where a start is subtracted it stands beside A and B."""
     return config.r * (2 if starts_in_weight(config.start) else 1)
-
-
-def _big(stored: Any) -> Any:
-    """What of a weight is streamed; see `lora_jax.models.linear.to_host`."""
-    return getattr(stored, "packed", stored)
 
 
 def _bytes(tree: Any) -> int:
@@ -449,8 +445,8 @@ _BUNDLES = {
 def scans_layers(plan: RematPlan, num_layers: int, streamed: bool = False) -> bool:
     """Whether a step loops over its layers if nobody says: a loop compiles sooner, written out they run faster.
 
-    With feed-forward layers in parts, which is for those who have no memory to spare, a loop takes less of it. In a
-    loop weights that are `streamed` from the host would be waited for.
+    With feed-forward layers in parts, which is for those who have no memory to spare, a loop takes less of it. Weights
+    that are `streamed` from the host are never in a loop, where they would be waited for.
     """
     from lora_jax.kernels.dispatch import default_platform
 
@@ -458,7 +454,7 @@ def scans_layers(plan: RematPlan, num_layers: int, streamed: bool = False) -> bo
 
 
 def _must_loop(plan: RematPlan, num_layers: int, streamed: bool) -> bool:
-    return (num_layers > MOST_WRITTEN_OUT and not streamed) or plan.mlp_rows is not None
+    return not streamed and (num_layers > MOST_WRITTEN_OUT or plan.mlp_rows is not None)
 
 
 def _missing(actions: dict[str, str]) -> list[str]:

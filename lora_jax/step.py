@@ -276,7 +276,7 @@ def make_train_step(
       scan_layers: True for a loop over the layers in the compiled program, False to write them all out, which spares
         the copies into and out of the loop's arrays (5 to 7 % of an 8B step on an H100) and takes twice as long to
         compile; None to write them out on a GPU unless there are many layers, or parts of feed-forward
-        layers (`mlp_rows`).
+        layers (`mlp_rows`). Layers whose weights are in the host's memory are always written out.
       router_aux_loss_coef: coefficient of the loss that keeps experts evenly loaded, see `sum_of_losses`; None to leave
         it out.
       compute_loss_func: a loss in place of the cross-entropy, see `LossFunction`; it needs the logits of all tokens of

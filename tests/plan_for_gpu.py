@@ -20,8 +20,6 @@ from lora_jax.cards import card_of
 from lora_jax.kernels import dispatch
 from lora_jax.kernels.nf4 import NF4Weight
 from lora_jax.models.decoder import Decoder
-from lora_jax.models.linear import Linear
-from lora_jax.models.moe import Router
 from lora_jax.models.registry import config_from_hf
 from lora_jax.optim import make_optimizer
 from lora_jax.remat import NAMES, RematPlan
@@ -31,10 +29,6 @@ from tests.kernels.compile_for_gpu import target
 CARDS = {"sm_80": "A100 80GB", "sm_86": "RTX 3090", "sm_89": "RTX 4090", "sm_90": "H100"}
 KEPT = dict.fromkeys(NAMES, "save")
 MIXED = RematPlan(((6, {**KEPT, "input": "offload"}), (None, {"gate": "save", "thin": "save"})))
-LLAMA2_13B = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
-                  num_key_value_heads=40, vocab_size=32000, max_position_embeddings=4096)  # fmt: skip
-LLAMA3_70B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-                  num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072)  # fmt: skip
 MIXTRAL = {**SHAPES["llama3.1-8b"], "vocab_size": 32000, "num_hidden_layers": 8, "num_local_experts": 8,
            "num_experts_per_tok": 2, "architectures": ["MixtralForCausalLM"]}  # fmt: skip
 ONE, EIGHT = SHAPES["llama3.2-1b"], SHAPES["llama3.1-8b"]
@@ -67,11 +61,11 @@ CASES: dict[str, tuple[dict[str, Any], int, int, int, int, str | RematPlan]] = {
     "8b-8k-selective": (EIGHT, 16, 1, 1, 8192, "selective"),
     "8b-16k": (EIGHT, 16, 1, 1, 16384, "full"),
     "8b-32k": (EIGHT, 16, 1, 1, 32768, "offload"),
-    "13b-full": (LLAMA2_13B, 16, 1, 1, 2048, "full"),
-    "13b-4k": (LLAMA2_13B, 16, 1, 2, 4096, "full"),
-    "13b-selective": (LLAMA2_13B, 16, 1, 1, 2048, "selective"),
-    "70b-short": (LLAMA3_70B, 16, 1, 1, 512, "full"),
-    "70b-offload": (LLAMA3_70B, 16, 1, 1, 4096, "offload"),
+    "13b-full": (SHAPES["llama2-13b"], 16, 1, 1, 2048, "full"),
+    "13b-4k": (SHAPES["llama2-13b"], 16, 1, 2, 4096, "full"),
+    "13b-selective": (SHAPES["llama2-13b"], 16, 1, 1, 2048, "selective"),
+    "70b-short": (SHAPES["llama3.3-70b"], 16, 1, 1, 512, "full"),
+    "70b-offload": (SHAPES["llama3.3-70b"], 16, 1, 1, 4096, "offload"),
     "mixtral": (MIXTRAL, 16, 1, 1, 2048, "full"),
     "mixtral-selective": (MIXTRAL, 16, 1, 2, 2048, "selective"),
 }
@@ -91,9 +85,7 @@ def config_of(name: str) -> LoraConfig:
 def abstract_model(hf: dict[str, Any], config: LoraConfig) -> CausalLM:
     """A QLoRA model with shapes in place of arrays."""
     module = Decoder(config_from_hf(hf), jnp.bfloat16)
-    for _, stack, part in module.named_modules():
-        if stack is None or not isinstance(part, Linear) or isinstance(part, Router):
-            continue
+    for _, _, part in module.block_linears():
         *lead, n, k = part.weight.get_value().shape
         part.weight.set_value(NF4Weight.abstract((*lead, n, k), True))
         a, b, norm = (jax.ShapeDtypeStruct((*lead, *s), jnp.float32) for s in ((k, config.r), (config.r, n), (n,)))

@@ -31,7 +31,6 @@ from lora_jax.batches import Example, pack_batch, pad_batch
 from lora_jax.kernels.nf4.format import NF4Weight
 from lora_jax.lora import add_adapters
 from lora_jax.models.decoder import Decoder
-from lora_jax.models.linear import Linear
 from lora_jax.models.registry import config_from_hf
 from lora_jax.plan import of_config
 from lora_jax.step import make_eval_step, make_train_step
@@ -220,9 +219,8 @@ def compile_large(layers: int, nf4: bool) -> tuple[str, Any]:
     hf = tiny.config(hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, vocab_size=128256)
     hf |= {"num_attention_heads": 32, "num_key_value_heads": 8}
     module = Decoder(config_from_hf(hf), jnp.bfloat16)
-    for _, stack, part in module.named_modules():
-        if nf4 and stack is not None and isinstance(part, Linear):
-            part.weight.set_value(NF4Weight.abstract(part.weight.get_value().shape, True))
+    for _, _, part in module.block_linears() if nf4 else ():
+        part.weight.set_value(NF4Weight.abstract(part.weight.get_value().shape, True))
     model = lora_jax.CausalLM(module, hf_config=hf, source=Path("abstract"))
     model.lora_config = lora_jax.LoraConfig(r=16)
     add_adapters(module, model.lora_config)

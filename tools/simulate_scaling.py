@@ -16,8 +16,7 @@ __all__ = ["MODELS", "rows", "scaling"]
 MODELS = {
     "34B": dict(hidden_size=7168, intermediate_size=20480, num_hidden_layers=60, num_attention_heads=56,
                 num_key_value_heads=8, vocab_size=64000, max_position_embeddings=131072),
-    "70B": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-                num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072),
+    "70B": SHAPES["llama3.3-70b"],
     "405B": dict(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
                  num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072),
     "8B": SHAPES["llama3.1-8b"],
