@@ -35,6 +35,8 @@ class Arrays:
     if_any: Callable[[Array, Callable[[], Array]], Array]  # (condition, make) -> make() if it holds anywhere, or zeros
     fenced: Callable[[Array], Array]  # float32, unchanged: what a compiler must compute as it is written
     spread: Callable[[Array, Array], Array]  # (value, like) -> value, in like's shape without the compiler knowing
+    quotient: Callable[[Array, Array], Array]  # float32 a / b, rounded correctly
+    sqrt: Callable[[Array], Array]  # of float32, rounded correctly
 
     def mul(self, a: Array, b: Array) -> Array:
         """a * b, rounded, whatever it is added to: a compiler would fuse them and round only the sum."""
@@ -44,7 +46,7 @@ class Arrays:
         """a / b, rounded: a compiler would make a * (c / b) of a / (b / c), and a * (1 / b) where b is repeated."""
         if np.broadcast_shapes(np.shape(a), np.shape(b)) != np.shape(b):
             b = self.spread(b, a)
-        return self.fenced(a / b)
+        return self.fenced(self.quotient(a, b))
 
 
 def _numpy_loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
@@ -70,6 +72,8 @@ NUMPY = Arrays(
     if_any=_numpy_if_any,
     fenced=lambda x: x,
     spread=lambda value, like: value,
+    quotient=np.divide,
+    sqrt=np.sqrt,
 )
 
 
@@ -177,7 +181,7 @@ def _joined(m: Arrays, *parts: Array) -> Array:
 
 
 def _root_weights(m: Arrays, columns: _Columns, weights: Array, sigma2: Array) -> _Columns:
-    return [m.mul(w, m.xp.sqrt(sigma2 + m.mul(x, x))) for w, x in zip(m.columns(weights), columns, strict=True)]
+    return [m.mul(w, m.sqrt(sigma2 + m.mul(x, x))) for w, x in zip(m.columns(weights), columns, strict=True)]
 
 
 # Searches for the scale of one sub-block. `w` are the weights of the error of each value.
@@ -474,7 +478,7 @@ def _q45_k(m: Arrays, x: Array, weights: Array, sigma2: Array, bits: int) -> Arr
     top = (1 << bits) - 1
     subs = m.columns(x.reshape(-1, 32))
     if weights is None:
-        average = m.xp.sqrt(m.div(_sum([m.mul(v, v) for v in subs]), _F32(32)))
+        average = m.sqrt(m.div(_sum([m.mul(v, v) for v in subs]), _F32(32)))
         w = [average + m.xp.abs(v) for v in subs]
         steps = _steps(-1, 0.1, 20, top) if bits == 4 else _steps(-0.5, 0.1, 15, top)
         scale, minimum, searched = _search_with_minimum(m, subs, w, top, steps, False, False)

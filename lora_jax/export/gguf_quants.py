@@ -155,12 +155,34 @@ def _compiled(type: GgmlType, on_cpu: bool) -> Any:
         def spread(value: jax.Array, like: jax.Array) -> jax.Array:
             return (jnp.asarray(value).view(np.int32) ^ (like.view(np.int32) & zero)).view(np.float32)
 
-        return encode(Arrays(jnp, _loop, _columns, _put, _if_any, fenced, spread), type, *inputs), _is_small(
-            type, *inputs
-        )
+        def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+            return _rounded(jnp.divide, zero, a, b)
 
-    # The searches are long chains of arithmetic, which the widest vectors suit.
-    return jax.jit(run, compiler_options={"xla_cpu_prefer_vector_width": 512} if on_cpu else None)
+        def sqrt(x: jax.Array) -> jax.Array:
+            return _rounded(jnp.sqrt, zero, x)
+
+        exact = (jnp.divide, jnp.sqrt) if on_cpu else (quotient, sqrt)
+        arrays = Arrays(jnp, _loop, _columns, _put, _if_any, fenced, spread, *exact)
+        return encode(arrays, type, *inputs), _is_small(type, *inputs)
+
+    # A scale in float16 is used as it is stored: without this XLA for GPUs takes it from before it was rounded.
+    options: dict[str, Any] = {"xla_allow_excess_precision": False}
+    if on_cpu:  # the searches are long chains of arithmetic, which the widest vectors suit
+        options["xla_cpu_prefer_vector_width"] = 512
+    return jax.jit(run, compiler_options=options)
+
+
+def _rounded(operation: Callable[..., jax.Array], zero: jax.Array, *inputs: jax.Array) -> jax.Array:
+    """A quotient or square root, rounded correctly.
+
+    In float32 XLA for GPUs takes div.full and the like, which are off by up to 2 units in the last place, and then a
+    trial scale that puts the largest value exactly between two codes falls to the other one: a tenth of the blocks
+    differ. Rounded from float64 they are exact, since its 53 bits are more than twice 24, and 2. The fence keeps LLVM
+    from knowing that as well, and going back to float32.
+    """
+    with jax.enable_x64(True):
+        result = operation(*(jnp.asarray(x, np.float64) for x in inputs))
+        return (result.view(np.int64) ^ zero.astype(np.int64)).view(np.float64).astype(np.float32)
 
 
 def _loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
