@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ class Checkpoint:
         self.folder = folder
         self._files: dict[str, Any] = {}
         self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._kept: dict[tuple, np.ndarray] = {}  # what was read last of rows that take turns
         index = folder / _INDEX
         if index.exists():
             self._where = weight_map = _weight_map(index)
@@ -245,19 +247,21 @@ class Checkpoint:
     def read_rows(self, name: str, start: int, stop: int, rows: int) -> np.ndarray:
         """Rows start to stop of a tensor that has `rows` of them, or that holds so many one after the other; as `read`.
 
-        Nothing else is read, but all of an expert's matrix where files hold it transposed, and what lies between rows
-        that take turns with others.
+        Nothing else is read, but what lies between rows that take turns with others; that is kept until the next such
+        call, so that asking for the others next reads nothing.
         """
         stored, part = self._stored[name], self._parts.get(name)
         experts, expert, n, chosen, as_columns = 1, 0, rows, range(start, stop), False
+        dtype = self._dtype(name)
         if part is not None:
             experts, *matrix = self.whole_shape(name)
             expert, n = part.expert, matrix[part.transposed]
             chosen = range(n)[part.rows][start:stop]
-            if as_columns := part.transposed and stored not in self._mxfp4:
+            if part.transposed and dtype in _NUMPY and stored not in self._mxfp4:
+                return np.ascontiguousarray(self._columns_in_file(name, expert, chosen).T)
+            if as_columns := part.transposed and stored not in self._mxfp4:  # FP8, whose scales are of blocks
                 n, chosen = matrix[0], range(matrix[0])
         numbers = range(expert * n + chosen.start, expert * n + chosen.stop, chosen.step)
-        dtype = self._dtype(name)
         state = self.quant_state(weight) if (weight := name.rpartition(".")[0]) in self._states else None
         if stored in self._mxfp4:
             blocks, scales = (self._rows_in_file(name, stored + end, numbers, experts * n) for end in (BLOCKS, SCALES))
@@ -284,14 +288,45 @@ class Checkpoint:
         dtype, size = np.dtype(_NUMPY.get(entry["dtype"], np.uint8)), math.prod(entry["shape"])
         if size % rows:  # a damaged checkpoint, of which is said what is wrong when shapes are compared
             return self._open(self._where[name]).get_tensor(stored).reshape(1, -1)
-        # Not the library's slices, for which it reads the whole tensor.
-        array = np.empty((numbers[-1] + 1 - numbers.start, size // rows), dtype)
-        rest = memoryview(array.view(np.uint8)).cast("B")
+        span, length = _with_what_is_between(numbers), size // rows
+        first = start + entry["data_offsets"][0] + span.start * length * dtype.itemsize
+        array = self._read_runs(name, (1, len(span) * length), dtype, first, 0, keep=numbers.step > 1)
+        return array.reshape(-1, length)[numbers.start - span.start :: numbers.step]
+
+    def _columns_in_file(self, name: str, expert: int, numbers: range) -> np.ndarray:
+        """Some columns [K, len(numbers)] of an expert's matrix [K, N] in a tensor [experts, K, N] of the files."""
+        start, entries = self._header(self._where[name])
+        entry = entries[self._stored[name]]
+        (_, k, n), dtype = entry["shape"], np.dtype(_NUMPY[entry["dtype"]])
+        span = _with_what_is_between(numbers)
+        first = start + entry["data_offsets"][0] + (expert * k * n + span.start) * dtype.itemsize
+        array = self._read_runs(name, (k, len(span)), dtype, first, n * dtype.itemsize, keep=numbers.step > 1)
+        return array[:, numbers.start - span.start :: numbers.step]
+
+    def _read_runs(
+        self, name: str, shape: tuple[int, int], dtype: np.dtype, offset: int, stride: int, *, keep: bool
+    ) -> np.ndarray:
+        """An array of that shape, [runs, values], from a tensor's file: a run at byte `offset`, the next `stride` on.
+
+        Not by the library's slices, for which it reads the whole tensor.
+        """
+        place = self._where[name], offset, shape
+        if keep and place in self._kept:
+            return self._kept[place]
+        array = np.empty(shape, dtype)
+        whole = memoryview(array.view(np.uint8)).cast("B")
+        size = len(whole) // shape[0]
+        if size == stride:  # one after the other
+            size = len(whole)
         with (self.folder / self._where[name]).open("rb", buffering=0) as file:
-            file.seek(start + entry["data_offsets"][0] + numbers.start * size // rows * dtype.itemsize)
-            while rest and (count := file.readinto(rest)):
-                rest = rest[count:]
-        return array[:: numbers.step]
+            for run in range(len(whole) // size):
+                rest, at = whole[run * size : (run + 1) * size], offset + run * stride
+                while rest and (count := os.preadv(file.fileno(), [rest], at)):
+                    rest, at = rest[count:], at + count
+        if keep:
+            array.flags.writeable = False
+            self._kept = dict([*self._kept.items(), (place, array)][-2:])  # MXFP4 is read in two parts
+        return array
 
     def _header(self, file: str) -> tuple[int, dict[str, Any]]:
         """Where the tensors' bytes begin in a file, and what it says of each.
@@ -410,6 +445,12 @@ class Checkpoint:
             got = self.shape(name) if state is None else state.shape
             if got != shape:
                 raise ValueError(f"{self.folder}: {name} has shape {list(got)}, config.json implies {list(shape)}")
+
+
+def _with_what_is_between(numbers: range) -> range:
+    """All numbers of the turns that these are of: 6, 7, 8, 9 for range(7, 10, 2), and for range(6, 9, 2) too."""
+    step = numbers.step
+    return range(numbers.start // step * step, (numbers[-1] // step + 1) * step)
 
 
 def _name_in_class(stored: str) -> str:

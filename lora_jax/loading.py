@@ -237,8 +237,7 @@ def load_decoder(
 ) -> Decoder:
     """Loads the weights. Peak host memory is one tensor; peak device memory is its part of the result and one tensor.
 
-    On a mesh every process reads the rows that its devices hold, and nothing of experts that others have. Of experts
-    that files hold transposed (gpt-oss in 16 bits) it reads whole matrices.
+    On a mesh every process reads the rows that its devices hold, and nothing of experts that others have.
 
     Args:
       checkpoint: the files.
@@ -273,7 +272,7 @@ def load_decoder(
     if offload_layers:
         make_room(model)
     slots = model.slots()
-    for names in _track(_together(slots, mesh), progress):
+    for names in _track(_neighbours(checkpoint, _together(slots, mesh)), progress):
         name, slot = names[0], slots[names[0]]
         like = slot.variable.get_value()
         offloaded = offload_embedding and slot.owner is model.embed_tokens
@@ -436,6 +435,17 @@ def _together(slots: Mapping[str, Slot], mesh: Mesh | None) -> list[list[str]]:
         each = max(1, len(names) // shares)  # experts of a device
         found += [names[i::each] for i in range(each)]
     return found
+
+
+def _neighbours(checkpoint: Checkpoint, groups: list[list[str]]) -> list[list[str]]:
+    """The groups of `_together`, in a row those that files hold as one tensor of an expert, such as gate and up."""
+    order: dict[Any, int] = {}
+
+    def place(names: list[str]) -> int:
+        part = checkpoint.part(names[0])
+        return order.setdefault(names[0] if part is None else (part.whole, part.expert), len(order))
+
+    return sorted(groups, key=place)
 
 
 def _read_experts(

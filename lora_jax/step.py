@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from lora_jax.cards import this_card
+from lora_jax.guards import is_out_of_memory
 from lora_jax.kernels import parallel
 from lora_jax.kernels.dispatch import default_platform
 from lora_jax.kernels.loss.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
@@ -380,10 +381,16 @@ class PlannedStep:
                 raise MemoryError(f"{error}{more}") from None
             step = _jitted(self._model, self._optimizer, plan, self._scan_layers, *self._losses)
             compiled = step.lower(*arguments).compile()
-            if (used := bytes_held(compiled)) <= self._budget:
+            if (excess := bytes_held(compiled) - self._budget) > 0:
+                more = f" (The compiler counted {excess / 2**30:.2f} GiB too much for remat={str(plan)!r}.)"
+            elif (excess := _temporary(compiled) - largest_piece(arguments, _temporary(compiled))) > 0:
+                more = (
+                    f" (What is free of the device lies in pieces that are {excess / 2**30:.2f} GiB too small for "
+                    f"remat={str(plan)!r}: delete other arrays, or offload when loading and not afterwards.)"
+                )
+            else:
                 return plan, compiled
-            target = memory(work, plan, card).total - (used - self._budget)  # below it, so the next plan is another
-            more = f" (The compiler counted {(used - self._budget) / 2**30:.2f} GiB too much for remat={str(plan)!r}.)"
+            target = memory(work, plan, card).total - excess  # below it, so the next plan is another
 
 
 def use_compile_cache() -> None:
@@ -394,6 +401,39 @@ def use_compile_cache() -> None:
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(parent / "lora-jax" / "jax"))
+
+
+def _temporary(compiled: Any) -> int:
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def largest_piece(arguments: Any, wanted: int) -> int:
+    """Bytes, up to `wanted`, that a GPU has free in one piece beside these arguments.
+
+    A program takes its temporary arrays as one piece; what others have left may lie between arrays that are still
+    there. JAX does not say how memory is cut up, so that this tries. `wanted` where that is not known: for arguments
+    that are on no GPU, and with several processes, which must not come to different results.
+    """
+    held = (leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.Array))
+    platforms = {device.platform for leaf in held for device in leaf.devices()}
+    if "gpu" not in platforms or jax.process_count() > 1 or _is_free(wanted):
+        return wanted
+    low, high = 0, wanted
+    while high - low > wanted // 64:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _is_free(middle) else (low, middle)
+    return low
+
+
+def _is_free(size: int) -> bool:
+    """Whether the first device has about so many bytes in one piece."""
+    try:
+        jax.block_until_ready(jnp.zeros((size >> 20, 1 << 20), jnp.uint8))
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def bytes_held(compiled: Any) -> int:

@@ -483,6 +483,35 @@ def test_a_planned_step_steps_down_where_the_compiler_needs_more(model, monkeypa
         PlannedStep(model, optimizer, most).compile(*arguments)
 
 
+def test_a_planned_step_steps_down_where_free_memory_lies_in_pieces(model, monkeypatch):
+    optimizer = optax.sgd(1.0)
+    ids = jnp.asarray(tiny.ids(2, 24))[None]
+    _, lora, frozen = model.split()
+    arguments = (lora, optimizer.init(lora), frozen, {"input_ids": ids, "labels": ids})
+    work, card = plan.of_step(model, *arguments), step_module.this_card()
+    most, least = (memory(work, one, card).total for one in (plan.choose(work, card, GIB), PRESETS["full"]))
+    missing = iter([int(0.8 * (most - least)), 0])
+    monkeypatch.setattr(step_module, "largest_piece", lambda arguments, wanted: wanted - next(missing))
+    step = PlannedStep(model, optimizer, GIB)
+    step.compile(*arguments)
+    assert memory(work, step.plans[ids.shape], card).total <= least + 0.21 * (most - least)
+    missing = iter([most])
+    with pytest.raises(MemoryError, match=r"lies in pieces that are .* too small for remat=.*: delete other arrays"):
+        PlannedStep(model, optimizer, GIB).compile(*arguments)
+
+
+@pytest.mark.parametrize(("free", "found"), [(10 << 30, 8 << 30), (5 << 30, 5 << 30), (0, 0)])
+def test_the_largest_piece_is_found_by_trying(free, found, monkeypatch):
+    arguments = (jnp.zeros(3), np.zeros(3), jax.ShapeDtypeStruct((3,), jnp.float32))
+    assert step_module.largest_piece(arguments, 8 << 30) == 8 << 30  # on a CPU it is not tried
+    tried = []
+    monkeypatch.setattr(step_module, "_is_free", lambda size: tried.append(size) or size <= free)
+    monkeypatch.setattr(type(jax.devices()[0]), "platform", "gpu", raising=False)
+    got = step_module.largest_piece(arguments, 8 << 30)
+    assert found - (8 << 30) // 64 <= got <= found
+    assert len(tried) <= 8
+
+
 def test_auto_needs_to_know_the_memory(model):
     if jax.local_devices()[0].memory_stats():
         pytest.skip("this device says how much memory it has")

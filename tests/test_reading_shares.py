@@ -93,14 +93,21 @@ CASES: dict[str, tuple[str, dict[str, np.ndarray], str, int, float, int]] = {
         F / 2 + F / 32,
         1,
     ),
-    # Of a transposed matrix whole rows of another axis are read: D rows of all 2 F features, whatever is asked for.
     "transposed": (
         "GptOssForCausalLM",
         {f"{EXPERTS}.gate_up_proj": numbers(E, D, 2 * F, dtype=BF16)},
         f"{EXPERTS}.1.up_proj.weight",
         F,
         2 * D,
-        0,
+        2,
+    ),
+    "transposed, down": (
+        "GptOssForCausalLM",
+        {f"{EXPERTS}.down_proj": numbers(E, F, D)},
+        f"{EXPERTS}.4.down_proj.weight",
+        D,
+        4 * F,
+        1,
     ),
 }
 
@@ -113,11 +120,10 @@ def test_rows_are_those_of_the_whole_and_nothing_else_is_read(case, tmp_path: Pa
         config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": BLOCK}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint(tmp_path)
-    whole = checkpoint.read(name)
+    checkpoint, whole = Checkpoint(tmp_path), Checkpoint(tmp_path).read(name)
     assert len(whole) == rows == checkpoint.shape(name)[0]
     of_scales = sum(tensor.nbytes for ending, tensor in tensors.items() if ending.endswith("_scale_inv"))
-    checkpoint.read_rows(name, 0, 1, rows)  # headers are read once
+    checkpoint.read_rows(name, 5, 6, rows)  # headers are read once
     for start, stop in ((0, rows), (0, 1), (rows // 2, rows), (37, 61)):
         before = read_bytes()
         got = checkpoint.read_rows(name, start, stop, rows)
@@ -125,8 +131,29 @@ def test_rows_are_those_of_the_whole_and_nothing_else_is_read(case, tmp_path: Pa
         np.testing.assert_array_equal(got.reshape(stop - start, *whole.shape[1:]), whole[start:stop])
         assert got.dtype == whole.dtype
         # Reading the counter itself counts as some 200 bytes.
-        wanted = factor * (stop - start) * of_row if factor else 4 * F * D
+        wanted = factor * (stop - start) * of_row
         assert wanted - 2 * of_row <= read <= wanted + 300, (case, start, stop)
+
+
+@pytest.mark.parametrize("case", ["MXFP4", "transposed"])
+def test_rows_that_take_turns_are_read_once(case, tmp_path: Path):
+    """Those of gate and up, one after the other; not those of other rows or of another expert."""
+    architecture, tensors, _, rows, of_row, _ = CASES[case]
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+
+    def read(name: str, start: int, stop: int) -> float:
+        """In rows of gate or up."""
+        before = read_bytes()
+        got = checkpoint.read_rows(f"{EXPERTS}.{name}_proj.weight", start, stop, rows)
+        count = read_bytes() - before
+        np.testing.assert_array_equal(got, Checkpoint(tmp_path).read(f"{EXPERTS}.{name}_proj.weight")[start:stop])
+        return round(count / of_row)
+
+    read("0.gate", 0, rows)  # and the header
+    assert [read("1.gate", 24, 48), read("1.up", 24, 48), read("1.up", 25, 49)] == pytest.approx([48, 0, 48], abs=4)
+    assert [read("2.up", 24, 48), read("2.gate", 24, 48)] == pytest.approx([48, 0], abs=4)
 
 
 def test_the_values_of_parts(tmp_path: Path):

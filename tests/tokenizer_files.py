@@ -19,46 +19,6 @@ from lora_jax.loading import load_tokenizer
 from tests.export.tiny_gguf import TRICKY, hf_config, random_weights, sources
 from tests.llamacpp import LlamaCpp
 
-MORE = [
-    "",
-    " ",
-    "   ",
-    "\n",
-    "a",
-    " a",
-    "  a  ",
-    "\t\n \r\n",
-    "<s>",
-    "</s> after",
-    "[INST] What? [/INST] That.</s>[INST] Why?[/INST]",
-    "[INST]",
-    "[ INST ]",
-    "<unk>",
-    "▁ underline ▁▁",
-    "<0x41>",
-    "naïve façade — “quotes” ‘single’…",
-    "x = [1, 2, 3]; y = {'a': 'b'}",
-    "    def indented():\n        pass\n",
-    "for (int i = 0; i < n; ++i) { a[i] += b[i] << 2; }",
-    "SELECT * FROM t WHERE a='b' AND c<>1;",
-    "C:\\Users\\name\\file.txt",
-    "user@example.org +49 (0)30 1234-5678",
-    "αβγ Привет ไทย ქართული",
-    "e\u0301 é \u1e69 s\u0323\u0307",
-    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𠜎𠜱",
-    "\ufeffBOM \u200d\u200c\u202e",
-    "\x01\x02\x7f",
-    "AAAAAAAAAAAAAAAAAAAAAAAA",
-    "the the the  the   the",
-    "don't DON'T y'all'd've",
-    "1st 2nd 3rd 1e-10 0xFF 1_000",
-    "$100 €50 £20 ¥1000 ₹5",
-    "∑∫√∞ ≠ ≤ ½⅓",
-    "Mr. Smith's co-worker (née O'Neil)",
-    "¿Qué? ¡No! Straße ßẞ İı",
-]
-TEXTS = [*TRICKY, *MORE]
-
 
 def folder_of(file: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
     """A model folder whose only tokenizer is that file."""
@@ -90,12 +50,12 @@ def main() -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.save_pretrained(work / "saved")
     again = load_tokenizer(work / "saved")
-    plain = [text for text in TEXTS if not any(token in text for token in tokenizer.all_special_tokens + ["[INST]"])]
+    plain = [text for text in TRICKY if not any(token in text for token in tokenizer.all_special_tokens + ["[INST]"])]
     mistral = dict(zip(plain, ids_of_mistral(file, plain), strict=True))
     path = write_gguf(work / "model.gguf", sources(random_weights(config)), config, folder, "q8_0", progress=False)
     different: dict[str, list[str]] = {"llama.cpp": [], "mistral-common": [], "saved": []}
     with LlamaCpp(path, config["vocab_size"]) as llama:
-        for text in TEXTS:
+        for text in TRICKY:
             whole, alone = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
             if llama.tokenize(text, add_special=True) != whole or llama.tokenize(text) != alone:
                 different["llama.cpp"].append(text)
@@ -104,7 +64,7 @@ def main() -> None:
             if again(text)["input_ids"] != whole:
                 different["saved"].append(text)
     facts = {"fast": tokenizer.is_fast, "bos": tokenizer("a")["input_ids"][0], "size": len(tokenizer)}
-    print(json.dumps({"texts": len(TEXTS), "plain": len(plain), "different": different, **facts}))
+    print(json.dumps({"texts": len(TRICKY), "plain": len(plain), "different": different, **facts}))
 
 
 if __name__ == "__main__":

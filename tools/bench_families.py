@@ -11,7 +11,6 @@ are what the compiler counts for the step, weights included. Speed depends on th
 """
 
 import argparse
-import functools
 import json
 import time
 from collections.abc import Iterator
@@ -26,14 +25,10 @@ from flax import nnx
 
 from lora_jax import CausalLM, LoraConfig, SFTConfig, get_peft_model, make_train_step, plan
 from lora_jax.cards import GIB
-from lora_jax.kernels.nf4 import NF4Weight, quantize
-from lora_jax.models.decoder import Decoder, DecoderConfig
-from lora_jax.models.linear import Linear, RMSNorm
-from lora_jax.models.moe import Router
-from lora_jax.models.registry import config_from_hf
+from lora_jax.models.decoder import DecoderConfig
 from lora_jax.optim import make_optimizer
 from lora_jax.step import bytes_held
-from lora_jax.tools.bench_step import environment, token_ids
+from lora_jax.tools.bench_step import abstract_model, environment, random_weights, token_ids
 from lora_jax.tools.published import PUBLISHED
 
 __all__ = ["MODELS", "Program", "active_parameters", "build", "compiled", "measure"]
@@ -56,48 +51,17 @@ MODELS += ("SmolLM3-3B", "granite-3.1-8b-base", "Qwen3-30B-A3B", "DeepSeek-V2-Li
 class Program(NamedTuple):
     """What is known of a model before its arrays are made."""
 
-    build: Any  # compiled: a key of jax.random -> (lora, opt_state, frozen)
+    build: Any  # compiled: () -> (lora, opt_state, frozen)
     step: Any  # compiled: the training step
     work: plan.Workload
     seconds: float  # that both took to compile
 
 
-def build(hf: dict[str, Any], targets: tuple[str, ...] | None, key: jax.Array) -> CausalLM:
-    """The model with random weights and adapters; under `jax.eval_shape` or `jax.jit` too.
-
-    Linear layers of the blocks are NF4 of normal weights, routers and embeddings bfloat16; norms are 1.
-    """
-    module = Decoder(config_from_hf(hf), jnp.bfloat16)
-    for i, (_, stack, part) in enumerate(module.named_modules()):
-        rng = jax.random.fold_in(key, i)
-        for name, scale in (("weight", None), ("bias", 0.1), ("e_score_correction_bias", 0.1)):
-            if getattr(part, name, None) is None:
-                continue
-            variable = getattr(part, name)
-            shape, dtype = variable.get_value().shape, variable.get_value().dtype
-            if isinstance(part, RMSNorm):
-                variable.set_value(jnp.full(shape, 0 if part.plus_one else 1, dtype))
-                continue
-            scale = scale or (0.02 if stack is None else shape[-1] ** -0.5)
-            packed = (
-                name == "weight" and stack is not None and isinstance(part, Linear) and not isinstance(part, Router)
-            )
-            draw = functools.partial(_draw, shape=shape[1:], scale=scale, dtype=dtype, nf4=packed)
-            # A layer at a time, which bounds what it takes beside the weights.
-            keys = jax.random.split(jax.random.fold_in(rng, len(name)), shape[0])
-            variable.set_value(jax.lax.map(draw, keys) if stack is not None else _draw(rng, shape, scale, dtype, False))
-    for stack in module.layers if module.config.sinks else ():
-        sinks = stack.self_attn.sinks
-        sinks.set_value(jax.random.normal(key, sinks.get_value().shape).astype(sinks.get_value().dtype))
-    model = CausalLM(module, hf_config=hf, source=Path("random"))
+def build(hf: dict[str, Any], targets: tuple[str, ...] | None) -> CausalLM:
+    """The model with random weights (see `bench_step.random_weights`) and adapters; to be called under `jax.jit`."""
+    model = abstract_model(hf)
+    nnx.update(model.module, random_weights(nnx.state(model.module), model.config.hidden_size))
     return get_peft_model(model, LoraConfig(r=16, target_modules=targets), verbose=False)
-
-
-def _draw(key: jax.Array, shape: tuple[int, ...], scale: float, dtype: Any, nf4: bool) -> jax.Array | NF4Weight:
-    values = (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-    if not nf4:
-        return values
-    return quantize(values) if len(shape) == 2 else jax.vmap(quantize)(values)  # of experts
 
 
 def compiled(hf: dict[str, Any], rows: int, length: int, remat: str, targets: tuple[str, ...] | None) -> Program:
@@ -106,13 +70,13 @@ def compiled(hf: dict[str, Any], rows: int, length: int, remat: str, targets: tu
     optimizer, _ = make_optimizer(SFTConfig(output_dir="unused", learning_rate=2e-4, optim="adamw_8bit"), 1000)
     models = []
 
-    def arrays(key):
-        model = build(hf, targets, key)
+    def arrays():
+        model = build(hf, targets)
         graph, lora, frozen = model.split()
         models.append((graph, model.lora_config))
         return lora, optimizer.init(lora), frozen
 
-    make = jax.jit(arrays).trace(jax.eval_shape(lambda: jax.random.key(0, impl="rbg")))
+    make = jax.jit(arrays).trace()
     lora, opt_state, frozen = make.out_info
     graph, lora_config = models[0]
     model = CausalLM(nnx.merge(graph, lora, frozen), hf_config=hf, source=Path("random"))
@@ -128,7 +92,7 @@ def measure(program: Program, warmup: int, steps: int) -> dict[str, Any]:
     """Makes the model, takes its steps and lets go of it."""
     work = program.work
     start = time.perf_counter()
-    lora, opt_state, frozen = jax.block_until_ready(program.build(jax.random.key(0, impl="rbg")))
+    lora, opt_state, frozen = jax.block_until_ready(program.build())
     made = time.perf_counter() - start
     ids = token_ids(work.batch, work.length, work.config.vocab_size).astype(np.int32)[None]
     data, losses = {"input_ids": ids, "labels": ids}, []

@@ -108,8 +108,10 @@ def random_weights(frozen: Any, hidden_size: int) -> Any:
     return jax.tree_util.tree_map_with_path(fill, frozen)
 
 
-def random_model(shape: dict[str, Any], *, nf4: bool = True, offload_layers: bool = False) -> "CausalLM":
-    """`abstract_model` with `random_weights`; with `offload_layers` these never lie on the device."""
+def random_model(
+    shape: dict[str, Any], *, nf4: bool = True, offload_embedding: bool = False, offload_layers: bool = False
+) -> "CausalLM":
+    """`abstract_model` with `random_weights`; what is offloaded never lies on the device."""
     import jax
     import numpy as np
     from flax import nnx
@@ -125,6 +127,12 @@ def random_model(shape: dict[str, Any], *, nf4: bool = True, offload_layers: boo
                 if not buffer.any():
                     buffer[:] = np.resize(drawn, buffer.size)
         pin(model.module)
+    if offload_embedding:
+        table = model.module.embed_tokens.weight
+        like = table.get_value()
+        rows = (0.02 * np.random.default_rng(0).standard_normal((1024, like.shape[1]), np.float32)).astype(like.dtype)
+        table.set_value(np.resize(rows, like.shape))
+        model.offload_embedding()
     frozen = nnx.state(model.module)
     drawn = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else None, frozen)
     drawn = jax.jit(functools.partial(random_weights, drawn, shape["hidden_size"]))()
@@ -172,9 +180,10 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     elif args.checkpoint:
         model, _ = lora_jax.from_pretrained(args.checkpoint, progress=False)
     else:
-        model = random_model(shape, nf4=not args.bf16, offload_layers=args.offload_layers)
+        offloaded = {"offload_embedding": args.offload_embedding, "offload_layers": args.offload_layers}
+        model = random_model(shape, nf4=not args.bf16, **offloaded)
     lora_jax.get_peft_model(model, r=args.rank, verbose=False)
-    if args.offload_embedding and not args.compile_only:
+    if args.checkpoint and args.offload_embedding:
         model.offload_embedding()
     optimizer, _ = make_optimizer(lora_jax.SFTConfig(output_dir="unused", learning_rate=2e-4, optim=args.optim), 1000)
     budget = args.memory_budget if args.remat_one == "auto" else None

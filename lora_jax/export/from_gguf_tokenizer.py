@@ -8,13 +8,10 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from lora_jax.export.gguf_tokenizer import _LLAMA3, _QWEN2, _SPACE, _TEKKEN
+from lora_jax.export.gguf_tokenizer import _SPACE, CUTS, WHOLE_WORDS
 
 __all__ = ["write_tokenizer"]
 
-# Of two ways to write the same expression, the one that llama.cpp's own files come from: (?i:'s|...).
-_REGEX = {"llama-bpe": min(_LLAMA3), "smaug-bpe": min(_LLAMA3), "qwen2": min(_QWEN2), "tekken": min(_TEKKEN)}
-_WHOLE_WORDS = ("llama-bpe", "tekken")  # that take a word which is a token without merging it
 _IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
@@ -33,12 +30,12 @@ def write_tokenizer(fields: Mapping[str, Any], folder: Path, length: int) -> dic
     tokens, types = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.token_type")
     if tokens is None or types is None:
         raise ValueError("the GGUF file holds no tokenizer")
-    if kind == "gpt2" and pre in (*_REGEX, "gpt-2", "smollm"):
+    if kind == "gpt2" and pre in (*CUTS, "gpt-2", "smollm"):
         tokenizer = _bpe(fields, tokens, types, pre)
     elif kind == "llama":
         tokenizer = _spm(fields, tokens, types)
     else:
-        known = ", ".join([*_REGEX, "gpt-2", "smollm"])
+        known = ", ".join([*CUTS, "gpt-2", "smollm"])
         raise ValueError(
             f"the tokenizer {kind!r} with pre-tokenizer {pre!r} is not known; known are {known}, and llama"
         )
@@ -71,12 +68,11 @@ def _vocabulary(tokens: list[str], types: list[int]) -> dict[str, int]:
 def _bpe(fields: Mapping[str, Any], tokens: list[str], types: list[int], pre: str) -> Tokenizer:
     """Byte-level BPE."""
     merges = [tuple(merge.split(" ")) for merge in fields.get("tokenizer.ggml.merges") or ()]
-    tokenizer = Tokenizer(models.BPE(_vocabulary(tokens, types), merges, ignore_merges=pre in _WHOLE_WORDS))
-    cuts: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in _REGEX)]
+    tokenizer = Tokenizer(models.BPE(_vocabulary(tokens, types), merges, ignore_merges=pre in WHOLE_WORDS))
+    cuts: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in CUTS)]
     if pre == "smollm":
         cuts.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    if pre in _REGEX:
-        cuts.insert(0, pre_tokenizers.Split(Regex(_REGEX[pre]), "isolated"))
+    cuts[:0] = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in CUTS.get(pre, ())]
     if pre == "qwen2":  # a GGUF file does not say so, but every published one does
         tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)  # pyright: ignore[reportAttributeAccessIssue]

@@ -294,7 +294,7 @@ def write_ggufs(
             if shutil.disk_usage(files[0].path.parent).free < disk.needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for file in files:
-            file.open(plan, shape, tokenizer, name or file.path.stem, weights, limit, disk)
+            file.open(plan, shape, tokenizer, tokenizer.model_name(name or file.path.stem), weights, limit, disk)
         _write(files, plan, weights, disk, progress, device)
         if verify:
             _verify([file.scratch_shards() for file in files], tensors, progress, [file.checksums for file in files])

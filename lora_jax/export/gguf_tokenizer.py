@@ -8,7 +8,7 @@ transformers loads, and a structure that is not known to be the same in llama.cp
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,62 @@ from gguf import TokenType
 
 from lora_jax.loading import load_tokenizer
 
-# The regular expressions by which known tokenizers cut a text. llama.cpp spells the case-insensitive contractions out.
-_CONTRACTIONS = ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")
+# The regular expressions by which known tokenizers cut a text, one after the other, by llama.cpp's names for them.
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPELLED_OUT = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"  # the same, as some files have it
+_DIGITS = r"\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = {c + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST for c in _CONTRACTIONS}
-_QWEN2 = {c + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST for c in _CONTRACTIONS}
-_TEKKEN = {
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST_WITH_SLASHES = _REST.replace(r"[\r\n]*", r"[\r\n/]*")
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
+_LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_DEEPSEEK_WORDS = (  # letters of alphabets that have upper and lower case
+    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅ"
+    r"ὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-"
+    r"ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
+)
+CUTS: dict[str, tuple[str, ...]] = {
+    "llama-bpe": (_LLAMA3,),
+    "smaug-bpe": (_LLAMA3,),
+    "qwen2": (_LLAMA3.replace("{1,3}", ""),),
+    "tekken": (f"{_LOWER}|{_UPPER}|" + r"\p{N}" + _REST_WITH_SLASHES,),
+    "gpt-4o": (f"{_LOWER}{_CONTRACTIONS}?|{_UPPER}{_CONTRACTIONS}?|" + r"\p{N}{1,3}" + _REST_WITH_SLASHES,),
+    "seed-coder": (
+        _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "deepseek-llm": (
+        r"[\r\n]",
+        _DEEPSEEK_WORDS,
+        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        r"\p{N}",
+    ),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
 }
-_KNOWN_PRE = "gpt-2, smollm, llama-bpe, smaug-bpe, qwen2, tekken, and SentencePiece BPE (Llama 1 and 2, Mistral, Gemma)"
+WHOLE_WORDS = ("llama-bpe", "tekken")  # that take a word which is a token without merging it
+_KNOWN_PRE = f"gpt-2, smollm, {', '.join(CUTS)}, and SentencePiece BPE (Llama 1 and 2, Mistral, Gemma)"
 
 # llama.cpp ends a generation at tokens of these texts whatever the metadata says.
 _STOPS_BY_TEXT = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>",
     "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>",
 }  # fmt: skip
+# And takes these for special tokens, too, where they are ordinary ones.
+_SPECIAL_BY_TEXT = _STOPS_BY_TEXT | {
+    "</s>", "<eos>", "[EOS]", "[EOT]", "<|flush|>", "<|calls|>", "<|tool_response>", "<turn|>", "<end_of_utterance>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
+}  # fmt: skip
+
+# Names of models whose special tokens swallow the white space after them, all but some, in llama.cpp: a GGUF file does
+# not say it of the tokens.
+_STRIPPING_NAME = re.compile("phi-?3", re.IGNORECASE)
+_NOT_STRIPPING = {"<unk>", "<s>", "<|endoftext|>"}
 
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 
@@ -52,8 +91,15 @@ class GgufTokenizer:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
+    strips_after_special: bool  # special tokens swallow the white space after them, as Phi-3's do
     chat_template: str | list[dict[str, str]] | None
     notes: list[str]  # what llama.cpp will do differently, for the user
+
+    def model_name(self, name: str) -> str:
+        """The name to write into the file: llama.cpp strips after special tokens if it has "phi-3" in it."""
+        if self.strips_after_special:
+            return name if _STRIPPING_NAME.search(name) else f"{name} (phi-3)"
+        return _STRIPPING_NAME.sub("phi 3", name)
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
@@ -90,9 +136,13 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
         model, pre, scores = "gpt2", _bpe_pre(spec, folder, notes), None
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
         add_space_prefix = False
+    strips = _strips_after_special(added.values())
     for token in added.values():
-        if flags := [flag for flag in ("lstrip", "rstrip", "single_word") if token[flag]]:
+        if flags := [f for f in ("lstrip", "rstrip", "single_word") if token[f] and not (strips and f == "rstrip")]:
             notes.append(f"token {token['content']!r}: llama.cpp ignores {', '.join(flags)}")
+    for id, text in texts.items():
+        if text in _SPECIAL_BY_TEXT and id not in added:
+            notes.append(f"llama.cpp takes {text!r} in a text for an end token, this tokenizer for ordinary characters")
     if tokenizer.chat_template is None:
         notes.append("the tokenizer has no chat template: llama.cpp will fall back to its own")
     add_bos, add_eos = _added_ends(tokenizer, folder)
@@ -109,6 +159,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> GgufTokenizer:
         add_bos=add_bos,
         add_eos=add_eos,
         add_space_prefix=add_space_prefix,
+        strips_after_special=strips,
         chat_template=_chat_template(tokenizer.chat_template),
         notes=notes,
     )
@@ -133,33 +184,41 @@ def _bpe_pre(spec: Mapping[str, Any], folder: Path, notes: list[str]) -> str:
     *cuts, last = _parts(spec["pre_tokenizer"], "pretokenizers") or [{"type": "none"}]
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         raise ValueError(_refusal(folder, f"pre-tokenizer {json.dumps(spec['pre_tokenizer'])[:300]}"))
-    pre = None
-    if last["use_regex"]:  # the regular expression of GPT-2 stands inside ByteLevel
-        if not cuts:
-            pre = "gpt-2"
-        elif len(cuts) == 1 and cuts[0] == {"type": "Digits", "individual_digits": True}:
-            pre = "smollm"
-    elif len(cuts) == 1 and cuts[0]["type"] == "Split" and cuts[0]["behavior"] == "Isolated" and not cuts[0]["invert"]:
-        regex = cuts[0]["pattern"].get("Regex")
-        if regex in _LLAMA3:  # of the two, only llama-bpe takes a word that is a token without merging it
-            pre = "llama-bpe" if spec["model"].get("ignore_merges") else "smaug-bpe"
-        elif regex in _QWEN2:
-            pre = "qwen2"
-        elif regex in _TEKKEN:
-            pre = "tekken"
-            notes.append(
-                "llama.cpp cuts words at combining marks, as in Devanagari, where this tokenizer does not: such text "
-                "gets other ids there, as in every GGUF file of it"
-            )
+    regexes = tuple(map(_cut, cuts))
     ignore_merges = spec["model"].get("ignore_merges", False)
-    if pre is None or (ignore_merges and pre not in ("llama-bpe", "tekken")):
+    if last["use_regex"]:  # the regular expression of GPT-2 stands inside ByteLevel
+        names = [{(): "gpt-2", (_DIGITS,): "smollm"}.get(regexes)]
+    else:
+        names = [name for name, known in CUTS.items() if known == regexes]
+    if "llama-bpe" in names:  # of the two, only llama-bpe takes a word that is a token without merging it
+        names = ["llama-bpe" if ignore_merges else "smaug-bpe"]
+    pre = names[0] if names else None
+    if pre is None or (ignore_merges and pre not in WHOLE_WORDS):
         why = f"pre-tokenizer {json.dumps(spec['pre_tokenizer'])[:300]}, ignore_merges {ignore_merges}"
         raise ValueError(_refusal(folder, why))
+    if pre in ("tekken", "gpt-4o"):
+        notes.append(
+            "llama.cpp cuts words at combining marks, as in Devanagari, where this tokenizer does not: such text "
+            "gets other ids there, as in every GGUF file of it"
+        )
     for step in _parts(spec["normalizer"], "normalizers"):
         if step["type"] != "NFC":
             raise ValueError(_refusal(folder, f"normalizer {step['type']}"))
         notes.append("llama.cpp does not normalise text to Unicode NFC as this tokenizer does; send it NFC text")
     return pre
+
+
+def _cut(step: Mapping[str, Any]) -> str | None:
+    """The regular expression at whose matches a step of a pre-tokenizer cuts, in the form of `CUTS`."""
+    if step == {"type": "Digits", "individual_digits": True}:
+        return _DIGITS
+    if step["type"] != "Split" or "Regex" not in step["pattern"]:
+        return None
+    regex = step["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n")
+    regex = regex.replace(_SPELLED_OUT, _CONTRACTIONS)
+    # To remove what does not match is the same where every character matches, as by those that stand alone in `CUTS`.
+    removes = step["behavior"] == "Removed" and step["invert"] and (regex,) in CUTS.values()
+    return regex if removes or (step["behavior"] == "Isolated" and not step["invert"]) else None
 
 
 def _spm_whole(spec: Mapping[str, Any], notes: list[str]) -> set[int]:
@@ -222,7 +281,7 @@ def _spm_scores(
     vocab = spec["model"]["vocab"]
     if missing := [byte for byte in range(256) if f"<0x{byte:02X}>" not in vocab]:
         raise ValueError(_refusal(folder, f"{len(missing)} of the 256 byte tokens are missing"))
-    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]]
+    merges = _runs_in_a_row([tuple(m.split(" ") if isinstance(m, str) else m) for m in spec["model"]["merges"]])
     scores = [-1e6] * vocab_size  # tokens that no merge makes are never looked up by score
     order: dict[str, int] = {}
     last = None
@@ -244,6 +303,24 @@ def _spm_scores(
     return scores
 
 
+def _runs_in_a_row(merges: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The same merges; of those that begin the list and make runs of one character, all that make a run stand in a row.
+
+    Gemma's list begins so, with (30 + 1, 29 + 2, 29 + 1, 28 + 3, ...) line breaks, spaces and tabs in turn. Where a
+    run that has begun grows by one (k + 1) before another begins (1 + 1), the list's order has no other effect: every
+    run of a text is made from its left, and the longest token of it first. Scores that rise with length do the same.
+    What joins a run and another character comes later in the list.
+    """
+    count = next((i for i, merge in enumerate(merges) if len(set("".join(merge))) > 1), len(merges))
+    rank = {merge: i for i, merge in enumerate(merges[:count])}
+    for character in {left[0] for left, _ in rank}:
+        longest = max(len(left + right) for left, right in rank if left[0] == character)
+        begins, *grows = [rank.get((character * k, character), count) for k in range(1, longest)]
+        if any(grow >= begins for grow in grows):
+            return merges
+    return sorted(rank, key=lambda merge: (merge[0][0], -len("".join(merge)))) + merges[count:]
+
+
 def _token_type(
     id: int, texts: Mapping[int, str], added: Mapping[int, Mapping[str, Any]], spec: Mapping[str, Any]
 ) -> TokenType:
@@ -257,6 +334,12 @@ def _token_type(
     if id not in added:
         return TokenType.NORMAL
     return TokenType.CONTROL if added[id]["special"] else TokenType.USER_DEFINED
+
+
+def _strips_after_special(added: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether just those added tokens swallow white space that do so in llama.cpp in a model named Phi-3."""
+    strips = {token["content"]: token["rstrip"] for token in added}
+    return "</s>" in strips and strips == {text: text not in _NOT_STRIPPING for text in {*strips, *_NOT_STRIPPING}}
 
 
 def _added_ends(tokenizer: Any, folder: Path) -> tuple[bool, bool]:

@@ -1,6 +1,7 @@
 """GGUF files back into Hugging Face folders: the same model, tokenizer and settings."""
 
 import json
+import unicodedata
 
 import gguf
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 
 from lora_jax.export.from_gguf import gguf_to_hf
 from lora_jax.export.gguf_lora import save_gguf_lora
+from lora_jax.export.gguf_tokenizer import CUTS
 from lora_jax.hf_checkpoint import Checkpoint, read_json
 from lora_jax.loading import load_tokenizer
 from lora_jax.lora import get_peft_model
@@ -77,7 +79,7 @@ def test_dtypes(type, tmp_path):
     assert load_file(tmp_path / "wide" / "model.safetensors")["model.norm.weight"].dtype == np.float32
 
 
-KINDS = ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "spm", "spm gemma"]
+KINDS = ["gpt-2", "smollm", *CUTS, "spm", "spm gemma"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,6 +95,8 @@ def test_tokenizers(kind, tmp_path):
     gguf_to_hf(path, tmp_path / "back")
     want, got = load_tokenizer(tmp_path / "model"), load_tokenizer(tmp_path / "back")
     for text in [*TRICKY, "<|eot|> and <user> and <s>", " two  spaces ", ""]:
+        if kind == "qwen2":  # what is read normalises, as the published tokenizers do and that of the test does not
+            text = unicodedata.normalize("NFC", text)
         assert got(text)["input_ids"] == want(text)["input_ids"], text
         ids = want(text, add_special_tokens=False)["input_ids"]
         if kind != "spm gemma":  # that of the test strips a space, Gemma's does not

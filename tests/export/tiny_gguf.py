@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.export.gguf_tokenizer import CUTS
+
 TRICKY = [
     "Hello world",
     " leading space",
@@ -32,6 +34,42 @@ TRICKY = [
     "!!!???...---===",
     "\u00a0nbsp\u2003emspace\u200bzero",
     "camelCaseWord HTTPServer snake_case",
+    "",
+    " ",
+    "   ",
+    "\n",
+    "a",
+    " a",
+    "  a  ",
+    "\t\n \r\n",
+    "<s>",
+    "</s> after",
+    "[INST] What? [/INST] That.</s>[INST] Why?[/INST]",
+    "[INST]",
+    "[ INST ]",
+    "<unk>",
+    "▁ underline ▁▁",
+    "<0x41>",
+    "naïve façade — “quotes” ‘single’…",
+    "x = [1, 2, 3]; y = {'a': 'b'}",
+    "    def indented():\n        pass\n",
+    "for (int i = 0; i < n; ++i) { a[i] += b[i] << 2; }",
+    "SELECT * FROM t WHERE a='b' AND c<>1;",
+    "C:\\Users\\name\\file.txt",
+    "user@example.org +49 (0)30 1234-5678",
+    "αβγ Привет ไทย ქართული",
+    "e\u0301 é \u1e69 s\u0323\u0307",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𠜎𠜱",
+    "\ufeffBOM \u200d\u200c\u202e",
+    "\x01\x02\x7f",
+    "AAAAAAAAAAAAAAAAAAAAAAAA",
+    "the the the  the   the",
+    "don't DON'T y'all'd've",
+    "1st 2nd 3rd 1e-10 0xFF 1_000",
+    "$100 €50 £20 ¥1000 ₹5",
+    "∑∫√∞ ≠ ≤ ½⅓",
+    "Mr. Smith's co-worker (née O'Neil)",
+    "¿Qué? ¡No! Straße ßẞ İı",
 ]
 
 
@@ -206,11 +244,15 @@ def bpe_folder(folder: Path, pre: str, **config: Any) -> Path:
 
     whole_words = pre in ("llama-bpe", "tekken")
     tokenizer = Tokenizer(models.BPE(ignore_merges=whole_words))
-    cut: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in _REGEX)]
-    if pre == "smollm":
+    cut: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in (*_REGEX, *CUTS))]
+    if pre in ("smollm", "deepseek-llm"):
         cut.insert(0, pre_tokenizers.Digits(individual_digits=True))
     if pre in _REGEX:
         cut.insert(0, pre_tokenizers.Split(Regex(_REGEX[pre]), "isolated"))
+    elif pre == "gpt-4o":  # as many who convert from tiktoken write it
+        cut.insert(0, pre_tokenizers.Split(Regex(CUTS[pre][0]), "removed", invert=True))
+    else:
+        cut[:0] = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in CUTS.get(pre, ()) if regex != r"\p{N}"]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut)
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|begin|>", "<|end_of_text|>", "<|eot|>"]
