@@ -66,8 +66,8 @@ def token_ids(batch: int, length: int, vocabulary: int):
     return np.random.default_rng(1).integers(0, vocabulary, (batch, length))
 
 
-def abstract_model(shape: dict[str, Any], *, nf4: bool = True) -> "CausalLM":
-    """A bfloat16 `CausalLM` of shapes alone; the linear layers of its blocks in double-quantised NF4 if `nf4`."""
+def abstract_model(shape: dict[str, Any], *, nf4: bool = True, dtype: str = "bfloat16") -> "CausalLM":
+    """A `CausalLM` of shapes alone; the linear layers of its blocks in double-quantised NF4 if `nf4`."""
     import jax.numpy as jnp
 
     from lora_jax.kernels.nf4.format import NF4Weight
@@ -76,7 +76,7 @@ def abstract_model(shape: dict[str, Any], *, nf4: bool = True) -> "CausalLM":
     from lora_jax.models.registry import config_from_hf
 
     hf = hf_config(shape)
-    module = Decoder(config_from_hf(hf), jnp.bfloat16)
+    module = Decoder(config_from_hf(hf), jnp.dtype(dtype))
     for _, _, part in module.block_linears() if nf4 else ():
         part.weight.set_value(NF4Weight.abstract(part.weight.get_value().shape, True))
     return CausalLM(module, hf_config=hf, source=Path("random"))

@@ -1,6 +1,7 @@
 """What keeping activations in 8 bits does to gradients and to training: the error of each tensor, and loss curves.
 
     python -m lora_jax.tools.quantized_activations --out results.json
+    python -m lora_jax.tools.quantized_activations --shape llama3.1-8b --out results.json
     python -m lora_jax.tools.quantized_activations --presets --out results.json
 
 A rematerialisation plan may keep a tensor for backward as int8 (`save_quantized`, see lora_jax.remat). The loss stays
@@ -10,11 +11,14 @@ them what keys and values would do in NF4, and what bfloat16 in place of float32
 the same start with exact and with quantised activations, on rows in the same order. All arithmetic is float32, so that
 nothing but the tensors kept differs.
 
-With --presets it trains with each preset of rematerialisation instead: the losses should be the same but for rounding.
+With --shape it compares the gradients of a model of that shape with random weights and adapters instead, on random
+tokens. With --presets it trains with each preset of rematerialisation instead: the losses should be the same but for
+rounding.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -22,12 +26,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from lora_jax.tools.bench_step import SHAPES, abstract_model, environment, random_weights, token_ids
+
 STEPS, WARM_UP = 200, 20
 ROWS, LENGTH = 2, 128  # of a step
 ALL = ("input", "q", "k", "v", "attention", "residual", "gate", "up")
 TENSORS = (*((name,) for name in ALL), ("k", "v"), ("gate", "up"), ("k", "v", "gate", "up"), ALL)
 TRAINED = (("k", "v"), ("gate", "up"), ALL)
 PRESETS = ("full", "none", "selective", "offload")
+COMPARED = (("k", "v"), ("gate", "up"), ALL)  # with --shape
 
 
 def main() -> None:
@@ -35,12 +42,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each training; 0 for none")
+    parser.add_argument("--shape", choices=SHAPES, help="gradients of random weights of this shape instead")
+    parser.add_argument("--tokens", type=int, default=256, help="of the one row, with --shape")
     parser.add_argument("--presets", action="store_true", help="losses with each preset of rematerialisation instead")
     args = parser.parse_args()
-    from lora_jax.tools.bench_step import environment
-
     if args.presets:
         return compare_presets(args.steps, args.out)
+    if args.shape:
+        rows = gradients_of_shape(args.shape, args.tokens)
+        return _write(
+            args.out, {"environment": environment(), "shape": args.shape, "tokens": args.tokens, "gradients": rows}
+        )
     result: dict[str, Any] = {"environment": environment(), "gradients": gradients()}
     if args.steps:
         result["losses"] = {}
@@ -54,8 +66,6 @@ def main() -> None:
 def compare_presets(steps: int, out: Path | None) -> None:
     """Prints how far the losses of each preset are from those of the first, and writes them as JSON."""
     import numpy as np
-
-    from lora_jax.tools.bench_step import environment
 
     losses: dict[str, list[float]] = {}
     for preset in PRESETS:
@@ -76,30 +86,58 @@ def _write(out: Path | None, result: dict[str, Any]) -> None:
 
 def gradients() -> list[dict[str, Any]]:
     """For each choice of tensors, relative errors and cosines of every layer's gradient."""
-    import numpy as np
-
     adapter, _ = _trained(_model("float32"), _plan(()), WARM_UP)
     batch = _batches(1, seed=1)[0]
     exact = _gradients(_model("float32"), adapter, batch, ())
     rows = []
-
-    def compare(what: str, got: list[np.ndarray]) -> None:
-        errors = [float(np.linalg.norm(g - e) / np.linalg.norm(e)) for g, e in zip(got, exact, strict=True)]
-        norms = [np.linalg.norm(g) * np.linalg.norm(e) for g, e in zip(got, exact, strict=True)]
-        cosines = [float(g @ e / norm) for g, e, norm in zip(got, exact, norms, strict=True)]
-        rows.append({"tensors": what, "relative error": errors, "cosine": cosines})
-        low, high, mean = min(errors), max(errors), float(np.mean(errors))
-        print(
-            f"{what:40} error of a layer {low:.4f} to {high:.4f}, mean {mean:.4f}; least cosine {min(cosines):.6f}",
-            flush=True,
-        )
-
     for names in TENSORS:
-        compare(" ".join(names), _gradients(_model("float32"), adapter, batch, names))
+        rows.append(_compared(" ".join(names), _gradients(_model("float32"), adapter, batch, names), exact))
     with _nf4():
-        compare("k v in NF4", _gradients(_model("float32"), adapter, batch, ("k", "v")))
-    compare("none, arithmetic in bfloat16", _gradients(_model("bfloat16"), adapter, batch, ()))
-    return rows
+        rows.append(_compared("k v in NF4", _gradients(_model("float32"), adapter, batch, ("k", "v")), exact))
+    in_bfloat16 = _gradients(_model("bfloat16"), adapter, batch, ())
+    return [*rows, _compared("none, arithmetic in bfloat16", in_bfloat16, exact)]
+
+
+def gradients_of_shape(name: str, tokens: int) -> list[dict[str, Any]]:
+    """As `gradients`, of random weights; float32 arithmetic."""
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from lora_jax import get_peft_model
+
+    model = abstract_model(SHAPES[name], dtype="float32")
+    draw = functools.partial(random_weights, nnx.state(model.module), model.config.hidden_size)
+    nnx.update(model.module, jax.jit(draw)())
+    get_peft_model(model, r=16, lora_alpha=16, random_state=0, verbose=False)
+    ids = token_ids(1, tokens, model.config.vocab_size).astype(np.int32)[None]
+    batch = {"input_ids": ids, "labels": ids}
+    # B is zero before training, and then A has no gradient.
+    _, lora, _ = model.split()
+    leaves, tree = jax.tree.flatten(lora)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    lora = tree.unflatten(
+        [leaf + 0.01 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+    exact = _gradients(model, lora, batch, ())
+    rows = [_compared(" ".join(names), _gradients(model, lora, batch, names), exact) for names in COMPARED]
+    with _nf4():
+        return [*rows, _compared("k v in NF4", _gradients(model, lora, batch, ("k", "v")), exact)]
+
+
+def _compared(what: str, got: list[Any], exact: list[Any]) -> dict[str, Any]:
+    """Prints and returns relative errors and cosines of the gradients of the layers."""
+    import numpy as np
+
+    errors = [float(np.linalg.norm(g - e) / np.linalg.norm(e)) for g, e in zip(got, exact, strict=True)]
+    norms = [np.linalg.norm(g) * np.linalg.norm(e) for g, e in zip(got, exact, strict=True)]
+    cosines = [float(g @ e / norm) for g, e, norm in zip(got, exact, norms, strict=True)]
+    low, high, mean = min(errors), max(errors), float(np.mean(errors))
+    print(
+        f"{what:40} error of a layer {low:.4f} to {high:.4f}, mean {mean:.4f}; least cosine {min(cosines):.6f}",
+        flush=True,
+    )
+    return {"tensors": what, "relative error": errors, "cosine": cosines}
 
 
 def train(names: tuple[str, ...], steps: int) -> list[float]:
