@@ -272,18 +272,22 @@ def test_the_text_part_of_a_model_that_reads_images(tmp_path, stored):
         tiny.open_model(tiny.write_folder(tmp_path / "more", fields, weights, tokenizer=False))
 
 
-def test_fused_projections_take_one_adapter_each(tmp_path):
-    model = tiny.open_model(random_folder(tmp_path / "model", "Phi3ForCausalLM", num_hidden_layers=2))
-    for target, whole in (("q_proj", "qkv_proj"), ("up_proj", "gate_up_proj")):
-        with pytest.raises(
-            ValueError, match=f"'{target}' matches no module.*{target} is a part of {whole} in this model"
-        ):
-            get_peft_model(model, target_modules=[target, "o_proj"], verbose=False)
+@pytest.mark.parametrize(
+    ("architecture", "attention"),
+    [("Phi3ForCausalLM", {"qkv_proj"}), ("Glm4ForCausalLM", {"q_proj", "k_proj", "v_proj"})],
+)
+def test_fused_projections_take_one_adapter_each(tmp_path, architecture, attention):
+    model = tiny.open_model(random_folder(tmp_path / "model", architecture, num_hidden_layers=2))
+    for target, whole in (("q_proj", "qkv_proj"), ("gate_proj", "gate_up_proj"), ("up_proj", "gate_up_proj")):
+        if target not in attention:
+            refusal = f"'{target}' matches no module.*{target} is a part of {whole} in this model"
+            with pytest.raises(ValueError, match=refusal):
+                get_peft_model(model, target_modules=[target, "o_proj"], verbose=False)
     get_peft_model(model, r=4, verbose=False)
     adapted = {
         name.rpartition(".")[2] for name, _, module in model.module.named_modules() if getattr(module, "lora_a", None)
     }
-    assert adapted == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert adapted == attention | {"o_proj", "gate_up_proj", "down_proj"}
 
 
 @pytest.mark.parametrize("types", ["ss", "sf", "fs"])
