@@ -12,11 +12,12 @@ import pytest
 from flax import nnx
 
 import lora_jax
+import lora_jax.step as step_module
 from lora_jax.batches import Example, pack_batch, pad_batch
 from lora_jax.lora import add_adapters
 from lora_jax.models.decoder import Decoder, DecoderConfig
 from lora_jax.models.registry import config_from_hf
-from lora_jax.remat import PRESETS
+from lora_jax.remat import PRESETS, RematPlan
 from lora_jax.sharding import make_mesh, put_batch
 from lora_jax.step import make_eval_step, make_train_step, sum_of_losses, train_step
 
@@ -282,3 +283,14 @@ def test_a_bfloat16_step_on_the_gpu_is_near_the_float32_one(remat):
     (loss, grads), (loss16, grads16) = results
     assert abs(loss - loss16) < 2e-2 * loss  # bfloat16 keeps 8 bits; three layers and a loss of about 6
     assert_close(grads16, grads, 0.25)  # 0.09 to 0.13 on a CPU: a random model amplifies every rounding
+
+
+def test_more_than_two_copies_of_a_layer_are_let_run_at_once(monkeypatch):
+    """XLA waits for the third otherwise."""
+    limit = "xla_gpu_experimental_parallel_async_compute_limit"
+    two, three = ({name: "offload" for name in names} for names in (("input", "gate"), ("input", "gate", "up")))
+    assert step_module._compiler_options(RematPlan(((None, three),)), False) is None  # on a CPU
+    monkeypatch.setattr(step_module, "default_platform", lambda: "gpu")
+    cases = ((((None, two),), False, False), (((1, two), (None, three)), False, True), (((None, two),), True, True))
+    for groups, streams, more in cases:
+        assert (limit in step_module._compiler_options(RematPlan(groups), streams)) == more
