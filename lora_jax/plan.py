@@ -513,8 +513,9 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
 def _waiting(copies: list[float], busy: float, fetch: float = 0.0) -> float:
     """Seconds that the GPU waits for copies that take so many seconds each, while a layer keeps it busy otherwise.
 
-    The compiler has two copies under way at a time: where a layer has more, it waits for the others. To `fetch` the
-    next layer's weights takes the same link.
+    The compiler has two copies under way at a time: where a layer has more, it waits for the others. (Steps of such
+    plans let it have four, which was not timed yet, so that this choice does not count on it.) To `fetch` the next
+    layer's weights takes the same link.
     """
     copies = sorted(copies)
     return sum(copies[:-2]) + max(0.0, sum(copies[-2:]) + fetch - _OVERLAP * busy)
