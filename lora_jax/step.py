@@ -421,11 +421,12 @@ def largest_piece(arguments: Any, wanted: int) -> int:
 
     A program takes its temporary arrays as one piece; what others have left may lie between arrays that are still
     there. JAX does not say how memory is cut up, so that this tries. `wanted` where that is not known: for arguments
-    that are on no GPU, and with several processes, which must not come to different results.
+    that are on no GPU or not there yet, and with several processes, which must not come to different results.
     """
-    held = (leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.Array))
-    platforms = {device.platform for leaf in held for device in leaf.devices()}
-    if "gpu" not in platforms or jax.process_count() > 1 or _is_free(wanted):
+    leaves = jax.tree.leaves(arguments)
+    platforms = {device.platform for leaf in leaves if isinstance(leaf, jax.Array) for device in leaf.devices()}
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    if "gpu" not in platforms or abstract or jax.process_count() > 1 or _is_free(wanted):
         return wanted
     low, high = 0, wanted
     while high - low > wanted // 64:
