@@ -390,9 +390,10 @@ class PlannedStep:
                 raise MemoryError(f"{error}{more}") from None
             step = _jitted(self._model, self._optimizer, plan, self._scan_layers, *self._losses)
             compiled = step.lower(*arguments).compile()
+            temporary = compiled.memory_analysis().temp_size_in_bytes
             if (excess := bytes_held(compiled) - self._budget) > 0:
                 more = f" (The compiler counted {excess / 2**30:.2f} GiB too much for remat={str(plan)!r}.)"
-            elif (excess := _temporary(compiled) - largest_piece(arguments, _temporary(compiled))) > 0:
+            elif (excess := temporary - largest_piece(arguments, temporary)) > 0:
                 more = (
                     f" (What is free of the device lies in pieces that are {excess / 2**30:.2f} GiB too small for "
                     f"remat={str(plan)!r}: delete other arrays, or offload when loading and not afterwards.)"
@@ -410,10 +411,6 @@ def use_compile_cache() -> None:
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(parent / "lora-jax" / "jax"))
-
-
-def _temporary(compiled: Any) -> int:
-    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def largest_piece(arguments: Any, wanted: int) -> int:

@@ -462,22 +462,31 @@ def test_a_planned_step_is_the_step_of_its_plan(model):
         assert np.array_equal(x, y)
 
 
-def test_a_planned_step_steps_down_where_the_compiler_needs_more(model, monkeypatch):
-    """The compiler's count for the first plan is made too high by most of what that plan keeps beyond the least."""
-    optimizer = optax.sgd(1.0)
+def planned_step(model, optimizer):
+    """(arguments of a step, function that says what a plan of it needs, bytes that the best needs, those of "full")."""
     ids = jnp.asarray(tiny.ids(2, 24))[None]
     _, lora, frozen = model.split()
     arguments = (lora, optimizer.init(lora), frozen, {"input_ids": ids, "labels": ids})
     work, card = plan.of_step(model, *arguments), step_module.this_card()
-    best = plan.choose(work, card, GIB)
-    most, least = (memory(work, one, card).total for one in (best, PRESETS["full"]))
+
+    def need(one):
+        return memory(work, one, card).total
+
+    most, least = need(plan.choose(work, card, GIB)), need(PRESETS["full"])
     assert most > least
+    return arguments, need, most, least
+
+
+def test_a_planned_step_steps_down_where_the_compiler_needs_more(model, monkeypatch):
+    """The compiler's count for the first plan is made too high by most of what that plan keeps beyond the least."""
+    optimizer = optax.sgd(1.0)
+    arguments, need, most, least = planned_step(model, optimizer)
     counts = iter([int(most + 0.8 * (most - least)), most])
     monkeypatch.setattr(step_module, "bytes_held", lambda compiled: next(counts))
     step = PlannedStep(model, optimizer, int(most / 0.995) + 1)  # 0.5 % is left free
     step.compile(*arguments)
-    need = memory(work, step.plans[ids.shape], card).total
-    assert need <= least + 0.21 * (most - least)
+    (chosen,) = step.plans.values()
+    assert need(chosen) <= least + 0.21 * (most - least)
     counts = iter([2 * most])
     with pytest.raises(MemoryError, match="The compiler counted .* too much for remat="):
         PlannedStep(model, optimizer, most).compile(*arguments)
@@ -485,16 +494,13 @@ def test_a_planned_step_steps_down_where_the_compiler_needs_more(model, monkeypa
 
 def test_a_planned_step_steps_down_where_free_memory_lies_in_pieces(model, monkeypatch):
     optimizer = optax.sgd(1.0)
-    ids = jnp.asarray(tiny.ids(2, 24))[None]
-    _, lora, frozen = model.split()
-    arguments = (lora, optimizer.init(lora), frozen, {"input_ids": ids, "labels": ids})
-    work, card = plan.of_step(model, *arguments), step_module.this_card()
-    most, least = (memory(work, one, card).total for one in (plan.choose(work, card, GIB), PRESETS["full"]))
+    arguments, need, most, least = planned_step(model, optimizer)
     missing = iter([int(0.8 * (most - least)), 0])
     monkeypatch.setattr(step_module, "largest_piece", lambda arguments, wanted: wanted - next(missing))
     step = PlannedStep(model, optimizer, GIB)
     step.compile(*arguments)
-    assert memory(work, step.plans[ids.shape], card).total <= least + 0.21 * (most - least)
+    (chosen,) = step.plans.values()
+    assert need(chosen) <= least + 0.21 * (most - least)
     missing = iter([most])
     with pytest.raises(MemoryError, match=r"lies in pieces that are .* too small for remat=.*: delete other arrays"):
         PlannedStep(model, optimizer, GIB).compile(*arguments)
