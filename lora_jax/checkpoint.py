@@ -7,8 +7,9 @@
       manifest.json            size and CRC-32 of every other file, written last
 
 Everything is written into a folder of another name, which is renamed to `checkpoint-N` when it is complete and on disk:
-a process killed at any moment leaves the older checkpoints as they were. The manifest shows later damage (a truncated
-copy, a failing disk) before any of it is used. This module is the only one that knows Orbax.
+a process killed at any moment leaves the older checkpoints as they were. One that is deleted is renamed first, too, so
+that none is ever there by half. The manifest shows later damage (a truncated copy, a failing disk) before any of it is
+used. This module is the only one that knows Orbax.
 
 With several processes all of them save and restore, in a folder that they share: each writes its part of the arrays,
 the first one everything else.
@@ -32,7 +33,7 @@ import numpy as np
 from lora_jax.distributed import gather, is_first, together
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_UNFINISHED = re.compile(r"\.checkpoint-\d+\.unfinished")
+_LEFT_OVER = re.compile(r"\.checkpoint-\d+\.(unfinished|deleted)")
 _MANIFEST = "manifest.json"
 _STATE = "trainer_state.json"
 _ARRAYS = "arrays"
@@ -81,7 +82,7 @@ class Checkpointer:
     def _prepare(self) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         for path in self.output_dir.iterdir():
-            if _UNFINISHED.fullmatch(path.name):
+            if _LEFT_OVER.fullmatch(path.name):
                 shutil.rmtree(path)
 
     def path(self, step: int) -> Path:
@@ -150,10 +151,11 @@ class Checkpointer:
 
     def _finish(self, unfinished: Path, final: Path) -> None:
         _write_manifest(unfinished)
-        if final.exists():  # a rerun of this step; its successor is complete and on disk by now
-            shutil.rmtree(final)
+        before = _put_aside(final) if final.exists() else None  # a rerun of this step: the new one is on disk by now
         os.replace(unfinished, final)
         _sync(self.output_dir)
+        if before is not None:
+            shutil.rmtree(before)
         self._delete_old()
 
     def wait(self, *, alone: bool = False) -> None:
@@ -178,7 +180,7 @@ class Checkpointer:
         with together("removing checkpoints"):
             for path in list_checkpoints(self.output_dir) if is_first() else ():
                 if step_of(path) > step:
-                    shutil.rmtree(path)
+                    shutil.rmtree(_put_aside(path))
 
     def _delete_old(self) -> None:
         if self.keep is None:
@@ -189,7 +191,7 @@ class Checkpointer:
             0, self.keep - 1 - (len(older) - len(rest))
         )  # beside the newest, which a resume needs, and the best
         for path in rest[: len(rest) - spare]:
-            shutil.rmtree(path)
+            shutil.rmtree(_put_aside(path))
 
     def _explain(self, error: BaseException) -> CheckpointError:
         try:
@@ -338,6 +340,14 @@ def _write_manifest(folder: Path) -> None:
     _sync(folder / _MANIFEST)
     for directory in {path.parent for path in files} | {folder}:
         _sync(directory)
+
+
+def _put_aside(checkpoint: Path) -> Path:
+    """Give a checkpoint that is to be deleted a name that nobody takes for one; returns the new path."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.deleted")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return checkpoint.rename(aside)
 
 
 def _sync(path: Path) -> None:

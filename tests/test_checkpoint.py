@@ -93,6 +93,38 @@ def test_the_newest_n_are_kept(tmp_path: Path):
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_killed_while_one_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool):
+    """A checkpoint that makes room, or is saved again, is never there by half, and the next run clears what is left."""
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpointer.save(step, *_state(step), {})
+    checkpointer.wait()
+
+    class Killed(BaseException):
+        pass
+
+    def half(path: Path, **_: object) -> None:
+        if path.exists():
+            next(p for p in path.rglob("*") if p.is_file()).unlink()
+            raise Killed
+
+    last = 2 if again else 3
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_jax.checkpoint.shutil.rmtree", half)
+        checkpointer.save(last, *_state(3), {})
+        assert checkpointer._thread is not None
+        checkpointer._thread.join()
+    assert isinstance(checkpointer._error, Killed)
+    found = list_checkpoints(tmp_path)
+    assert [p.name for p in found] == (["checkpoint-1", "checkpoint-2"] if again else ["checkpoint-2", "checkpoint-3"])
+    assert [find_damage(p) for p in found] == [None, None]
+    lora, opt_state = _state(3)
+    _assert_equal(restore(found[-1], lora, opt_state).lora, lora)
+    Checkpointer(tmp_path)  # the next run clears what was left
+    assert sorted(tmp_path.iterdir()) == found
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path):
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(3, *_state(0), {})
@@ -243,16 +275,16 @@ def test_killed_in_the_middle_of_a_save(tmp_path: Path):
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        interrupted += any(".unfinished" in p.name for p in tmp_path.iterdir())
+        interrupted += any(p.name.startswith(".") for p in tmp_path.iterdir())
 
         latest = latest_checkpoint(tmp_path)
         assert latest is not None and find_damage(latest) is None
-        # None of the complete ones is damaged, so none of them was passed over.
-        assert latest == list_checkpoints(tmp_path)[-1]
+        # None is damaged, though older ones were deleted and, from the second time on, saved again.
+        assert [find_damage(p) for p in list_checkpoints(tmp_path)] == [None] * len(list_checkpoints(tmp_path))
         step = json.loads((latest / "trainer_state.json").read_text())["step"]
         assert latest.name == f"checkpoint-{step}" and step >= 3
         got = restore(latest, {"w": w}, {})
         np.testing.assert_array_equal(got.lora["w"], w + np.float32(step))
         Checkpointer(tmp_path)  # the next run clears what was left
-        assert not [p for p in tmp_path.iterdir() if ".unfinished" in p.name]
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     assert interrupted, "no kill hit a save in progress; the delays test nothing"
