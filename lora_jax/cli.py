@@ -699,6 +699,9 @@ def plan(
     offload_layers: Annotated[
         bool, typer.Option("--offload-layers", help="The layers' 4-bit weights are kept there.")
     ] = False,
+    quantized_activations: Annotated[
+        bool, typer.Option("--quantized-activations", help="auto may keep tensors in 8 bits for backward.")
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="bfloat16 or float32; the checkpoint's if left out.")
     ] = None,
@@ -722,6 +725,8 @@ def plan(
         settings["target_modules"] = split_targets(target_modules)
     if (gpu is None) == (gpus is None):
         raise UsageError("plan: give --gpu CARD for one GPU, or --gpus NxCARD for several")
+    if quantized_activations and (gpus is not None or remat != "auto"):
+        raise UsageError("plan: --quantized-activations is for --remat auto on one GPU")
     folder = resolve_folder(model, only_config=True)
     make = functools.partial(
         of_config,
@@ -738,7 +743,7 @@ def plan(
     )
     what = f"{model} in {'NF4' if load_in_4bit else '16 bits'}, adapter of rank {rank}, {batch} x {seq} tokens"
     if gpu is not None:
-        return _print_plan(what, make(), card_of(gpu), remat)
+        return _print_plan(what, make(), card_of(gpu), remat, quantized_activations)
     if remat != "auto":
         raise UsageError(f"plan: --remat {remat} is for one GPU; for several the fastest that fits is chosen")
     _print_meshes(what, lambda mesh: make(mesh=mesh), gpus or "")
@@ -790,7 +795,7 @@ def _print_meshes(what: str, make: "Callable[[Any], Workload]", gpus: str) -> No
         )
 
 
-def _print_plan(what: str, work: "Workload", card: "Card", remat: str) -> None:
+def _print_plan(what: str, work: "Workload", card: "Card", remat: str, quantized_activations: bool) -> None:
     """Raises MemoryError where the plan does not fit, after the table of those that could be chosen."""
     from rich.console import Console
 
@@ -802,7 +807,7 @@ def _print_plan(what: str, work: "Workload", card: "Card", remat: str) -> None:
     budget = int(MEMORY_FRACTION * card.memory)
     plans = dict(PRESETS)
     with contextlib.suppress(MemoryError):
-        plans = {"auto": choose(work, card, budget), **plans}
+        plans = {"auto": choose(work, card, budget, quantized_activations=quantized_activations), **plans}
     console.print(f"{what}, on {card.name}", markup=False)
     console.print(_choices(work, card, budget, plans))
     if remat != "auto":

@@ -586,6 +586,17 @@ def test_plan_prints_memory_time_and_limits(config_only, monkeypatch, capsys):
     assert f"{memory(eight_b(load_in_4bit=False), PRESETS['full'], H100).total / GIB:.2f}" in capsys.readouterr().out
 
 
+def test_plan_with_tensors_in_8_bits(config_only, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
+    arguments = ("plan", config_only, "--gpu", "12GB", "--batch", 2, "--seq", 2048)
+    assert run(monkeypatch, *arguments) == 0
+    assert "save_quantized" not in capsys.readouterr().out  # never without having been asked for
+    assert run(monkeypatch, *arguments, "--quantized-activations") == 0
+    work, card = eight_b(), card_of("12GB")
+    chosen = plan.choose(work, card, int(plan.MEMORY_FRACTION * card.memory), quantized_activations=True)
+    assert f"remat=auto: {chosen}" in capsys.readouterr().out and "save_quantized" in str(chosen)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -595,6 +606,7 @@ def test_plan_prints_memory_time_and_limits(config_only, monkeypatch, capsys):
         (("--gpu", "3GB"), "take a smaller model or a larger GPU"),
         (("--gpu", "TPU"), "none of the cards"),
         (("--gpu", "24GB", "--remat", "most"), "remat='most' is unknown"),
+        (("--gpu", "24GB", "--remat", "full", "--quantized-activations"), "is for --remat auto on one GPU"),
         (("--gpu", "24GB", "--target-modules", "q_prj"), "Did you mean 'q_proj'?"),
         (("--gpu", "H10"), "Did you mean 'H100'?"),
         (("--gpu", "24GB", "--optim", "sgd"), "adamw_8bit"),
