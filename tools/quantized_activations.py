@@ -32,9 +32,8 @@ STEPS, WARM_UP = 200, 20
 ROWS, LENGTH = 2, 128  # of a step
 ALL = ("input", "q", "k", "v", "attention", "residual", "gate", "up")
 TENSORS = (*((name,) for name in ALL), ("k", "v"), ("gate", "up"), ("k", "v", "gate", "up"), ALL)
-TRAINED = (("k", "v"), ("gate", "up"), ALL)
+CHOSEN = (("k", "v"), ("gate", "up"), ALL)  # of training, and with --shape
 PRESETS = ("full", "none", "selective", "offload")
-COMPARED = (("k", "v"), ("gate", "up"), ALL)  # with --shape
 
 
 def main() -> None:
@@ -56,7 +55,7 @@ def main() -> None:
     result: dict[str, Any] = {"environment": environment(), "gradients": gradients()}
     if args.steps:
         result["losses"] = {}
-        for names in ((), *TRAINED):
+        for names in ((), *CHOSEN):
             result["losses"][" ".join(names) or "exact"] = train(names, args.steps)
             _print_losses(result["losses"])
             _write(args.out, result)
@@ -120,7 +119,7 @@ def gradients_of_shape(name: str, tokens: int) -> list[dict[str, Any]]:
         [leaf + 0.01 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
     )
     exact = _gradients(model, lora, batch, ())
-    rows = [_compared(" ".join(names), _gradients(model, lora, batch, names), exact) for names in COMPARED]
+    rows = [_compared(" ".join(names), _gradients(model, lora, batch, names), exact) for names in CHOSEN]
     with _nf4():
         return [*rows, _compared("k v in NF4", _gradients(model, lora, batch, ("k", "v")), exact)]
 
