@@ -17,9 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from lora_jax.kernels import parallel
-from lora_jax.kernels.grouped import grouped_lora_matmul
-from lora_jax.kernels.kept import named
-from lora_jax.kernels.nf4.mlp import ACTIVATIONS
+from lora_jax.kernels.grouped import grouped_lora_mlp
+from lora_jax.kernels.grouped.rows import rows_of_pairs, sums_of_pairs
+from lora_jax.kernels.nf4.shared_input import Projection
 from lora_jax.models.linear import Linear, value
 
 if TYPE_CHECKING:
@@ -99,16 +99,10 @@ class ExpertLinear(Linear):
         super().__init__(k, n, lead=(*lead, experts), dtype=dtype, bias=bias)
         self.experts = experts
 
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, rows: jax.Array, group_sizes: jax.Array, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
-        """rows [M, K], sorted by expert, group_sizes[e] of them for expert e -> [M, N]; no dropout without a key."""
+    def projection(self, dropout_key: jax.Array | None = None) -> Projection:
+        """Weight, adapter and bias, as the kernels take them; no dropout without a key."""
         w, a, b, bias = (value(v) for v in (self.weight, self.lora_a, self.lora_b, self.bias))
-        dropout: Any = dict(dropout_rate=self.dropout, dropout_key=dropout_key) if dropout_key is not None else {}
-        y = grouped_lora_matmul(rows, w, group_sizes, a, b, self.scale, **dropout)
-        if bias is None:
-            return y
-        return y + jnp.repeat(bias.astype(y.dtype), group_sizes, axis=0, total_repeat_length=y.shape[0])
+        return Projection(w, a, b, self.scale, bias, dropout_rate=self.dropout, dropout_key=dropout_key)
 
 
 class Experts(nnx.Module):
@@ -122,20 +116,37 @@ class Experts(nnx.Module):
         self.activation, self.clamp = config.activation, moe.clamp
 
     def __call__(
-        self, rows: jax.Array, group_sizes: jax.Array, dropout_keys: Sequence[jax.Array | None] = (None,) * 3
+        self,
+        rows: jax.Array,
+        group_sizes: jax.Array,
+        weights: jax.Array,
+        dropout_keys: Sequence[jax.Array | None] = (None,) * 3,
     ) -> jax.Array:
-        """rows [M, D], sorted by expert -> [M, D]; `dropout_keys` are of gate, up and down."""
-        gate, up, down = (getattr(self, name) for name in self.names)
-        g = named(gate(rows, group_sizes, dropout_keys[0]), "gate")
-        u = named(up(rows, group_sizes, dropout_keys[1]), "up")
-        h = ACTIVATIONS[self.activation](g) * u if self.clamp is None else clamped_swiglu(g, u, *self.clamp)
-        return down(h, group_sizes, dropout_keys[2])
+        """What experts make of tokens, times the weights of the experts, but for the bias of down.
 
+        Args:
+          rows: [M, D], sorted by expert.
+          group_sizes: int32 [E], rows of each expert.
+          weights: float32 [M].
+          dropout_keys: of gate, up and down.
 
-def clamped_swiglu(gate: jax.Array, up: jax.Array, alpha: float, limit: float) -> jax.Array:
-    """min(gate, c) sigmoid(alpha min(gate, c)) (clip(up, -c, c) + 1), c being the limit (gpt-oss)."""
-    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+        Returns:
+          [M, D] in the dtype of rows.
+        """
+        layers = (getattr(self, name) for name in self.names)
+        gate, up, down = (layer.projection(key) for layer, key in zip(layers, dropout_keys, strict=True))
+        down = down._replace(bias=None)
+        how: Any = {"activation": self.activation, "clamp": self.clamp}
+        return grouped_lora_mlp(rows, gate, up, down, group_sizes, weights, **how)
+
+    def bias(self, weights: jax.Array, chosen: jax.Array) -> jax.Array | float:
+        """What biases of down add to tokens that go to experts [M, k] with weights [M, k]: float32 [M, D]."""
+        down: ExpertLinear = getattr(self, self.names[2])
+        if down.bias is None:
+            return 0.0
+        bias = value(down.bias)
+        of_expert = chosen[..., None] == jnp.arange(len(bias))
+        return _wide(jnp.einsum("mk,mke->me", weights, of_expert).astype(bias.dtype), bias)
 
 
 class MoE(nnx.Module):
@@ -190,10 +201,12 @@ class MoE(nnx.Module):
         """What the experts add up to: tokens [M, D], weights and numbers of experts [M, k] -> float32 [M, D]."""
         order = jnp.argsort(chosen.reshape(-1))  # the pairs of token and expert, by expert
         place = jnp.argsort(order)  # of each pair among them
-        group_sizes = jnp.bincount(chosen.reshape(-1), length=self.moe.num_experts // parallel.size("expert"))
-        y = self.experts(_rows_of_pairs(tokens, order, place), group_sizes.astype(jnp.int32), keys)
-        y = _permute(y, place, order).reshape(*chosen.shape, -1)
-        return jnp.einsum("mk,mkd->md", weights, y, preferred_element_type=jnp.float32)
+        # Counted by comparing: a GPU adds up pair by pair what is scattered to few places.
+        here = jnp.arange(self.moe.num_experts // parallel.size("expert"))
+        group_sizes = (chosen.reshape(-1, 1) == here).sum(axis=0, dtype=jnp.int32)
+        rows, of_rows = rows_of_pairs(tokens, order, place), _permute(weights.reshape(-1), order, place)
+        y = self.experts(rows, group_sizes, of_rows, keys)
+        return sums_of_pairs(y, order, place, len(tokens)) + self.experts.bias(weights, chosen)
 
     def _load(self, chosen: jax.Array, scores: jax.Array, counted: jax.Array | None) -> RouterLoad | None:
         if counted is None:
@@ -215,7 +228,8 @@ class MoE(nnx.Module):
         _, chosen = jax.lax.top_k(self._preference(jax.lax.stop_gradient(scores), router), self.moe.top_k)
         # Saved as the other few numbers of a token are: rounded otherwise, backward could send it to another expert.
         chosen = checkpoint_name(chosen, "thin")
-        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        # As a sum: the gradient of a gather is a scatter, which takes a GPU ten times as long.
+        weights = jnp.where(chosen[..., None] == jnp.arange(self.moe.num_experts), scores[:, None], 0).sum(axis=-1)
         if self.moe.normalize:
             weights /= weights.sum(axis=-1, keepdims=True)
         return weights * self.moe.scale, chosen, scores
@@ -236,28 +250,6 @@ class MoE(nnx.Module):
     def _shared(self, tokens: jax.Array, context: "Context", layer: jax.Array) -> jax.Array:
         y = getattr(self, self.moe.shared)(tokens[None], context, layer)[0].astype(jnp.float32)
         return y * jax.nn.sigmoid(self.shared_expert_gate(tokens)) if self.moe.shared_gate else y
-
-
-@jax.custom_vjp
-def _rows_of_pairs(x: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
-    """The token of every pair: x [M, D], pairs numbered token by token, order and place [M k] -> [M k, D].
-
-    Backward gathers too, where that of a plain gather would add up rows in any order.
-    """
-    return x.at[order // (order.size // x.shape[0])].get(mode="clip")
-
-
-def _rows_of_pairs_fwd(x, order, place):
-    return _rows_of_pairs(x, order, place), (place, x.shape[0])
-
-
-def _rows_of_pairs_bwd(residuals, dy):
-    place, tokens = residuals
-    rows = dy.at[place].get(mode="clip").reshape(tokens, -1, dy.shape[-1])
-    return rows.sum(axis=1, dtype=jnp.float32).astype(dy.dtype), None, None
-
-
-_rows_of_pairs.defvjp(_rows_of_pairs_fwd, _rows_of_pairs_bwd)
 
 
 @jax.custom_vjp

@@ -2,17 +2,33 @@
 
 import functools
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.kernels.dispatch import on_gpu, resolve
+from lora_jax.kernels.grouped.xla import FEW_ROWS, Joined
 from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight
 from lora_jax.kernels.nf4.matmul import dropout
+from lora_jax.kernels.nf4.shared_input import Projection
 
-__all__ = ["grouped_lora_matmul"]
+__all__ = [
+    "block_diagonal",
+    "grouped_lora_matmul",
+    "grouped_lora_matmuls",
+    "has_dropout",
+    "kernel_rank",
+    "module",
+    "padded",
+    "why_not_joined",
+]
+
+MOST_RANK = 64  # of adapters together, that the Mosaic kernel's last step takes
 
 
 def grouped_lora_matmul(
@@ -71,12 +87,94 @@ def grouped_lora_matmul(
         return jnp.zeros((0, n), x.dtype)
     if a is None or b is None:
         return _base(x, w, group_sizes, name)
-    pad = 0 if name == "xla" else _kernel_rank(a.shape[2]) - a.shape[2]  # zeros that change nothing
+    pad = 0 if name == "xla" else kernel_rank(a.shape[2]) - a.shape[2]  # zeros that change nothing
     a, b = jnp.pad(a, ((0, 0), (0, 0), (0, pad))), jnp.pad(b, ((0, 0), (0, pad), (0, 0)))
     return _lora(x, w, group_sizes, a, b, dropout_key if dropout_rate else None, float(scale), dropout_rate, name)
 
 
-def _kernel_rank(rank: int) -> int:
+def grouped_lora_matmuls(
+    x: jax.Array, projections: Sequence[Projection], group_sizes: jax.Array, *, implementation: str | None = None
+) -> list[jax.Array]:
+    """`grouped_lora_matmul` of several layers that multiply the same rows.
+
+    Args:
+      x: activations [M, K], sorted by expert.
+      projections: the layers, with w [E, N_i, K], a [E, K, R_i] and b [E, R_i, N_i] or None, without bias and gain.
+      group_sizes: int32 [E], rows of each expert.
+      implementation: as for `grouped_lora_matmul`.
+
+    Returns:
+      [M, N_i] for each, in the dtype of x.
+
+    Raises:
+      ValueError, NotImplementedError: as `grouped_lora_matmul`.
+    """
+    joined: Any = Joined(tuple(p.w for p in projections))  # pyright: ignore[reportArgumentType]
+    if why_not_joined(x, projections) is not None or _choose(implementation, x, joined) == "xla":
+        how = [{"implementation": implementation, **_dropout(p)} for p in projections]
+        return [
+            grouped_lora_matmul(x, p.w, group_sizes, p.a, p.b, p.scale, **more)
+            for p, more in zip(projections, how, strict=True)
+        ]
+    if projections[0].a is None:
+        y = grouped_lora_matmul(x, joined, group_sizes, implementation=implementation)
+    else:
+        factors = [padded(p) for p in projections]
+        a = jnp.concatenate([a for a, _ in factors], axis=2)
+        b = [p.scale * b for p, (_, b) in zip(projections, factors, strict=True)]
+        y = grouped_lora_matmul(x, joined, group_sizes, a, block_diagonal(b), implementation=implementation)
+    ends = np.cumsum([p.w.shape[1] for p in projections])
+    return jnp.split(y, ends[:-1], axis=1)
+
+
+def _dropout(p: Projection) -> dict[str, Any]:
+    return {"dropout_rate": p.dropout_rate, "dropout_key": p.dropout_key} if has_dropout(p) else {}
+
+
+def has_dropout(p: Projection) -> bool:
+    """Whether inputs of the adapter are dropped in this call."""
+    return bool(p.dropout_rate) and p.dropout_key is not None
+
+
+def why_not_joined(x: jax.Array, projections: Sequence[Projection]) -> str | None:
+    """Why one matmul with all weights cannot be, or would not be faster than one for each; None if it is.
+
+    Rows and their gradients are read and written once instead of once for each. Few rows are multiplied by weights that
+    are decoded on the way; weights in 16 bits would have to be copied; every adapter has dropout of its own.
+    """
+    for p in projections:
+        if not isinstance(p.w, NF4Weight | NF4Layer):
+            return "the weights are not all NF4"
+        if has_dropout(p):
+            return "an adapter has dropout"
+    experts, adapters = projections[0].w.shape[0], [p.a for p in projections if p.a is not None]
+    if 0 < len(adapters) < len(projections):
+        return "some of the layers have no adapter"
+    if x.shape[0] <= FEW_ROWS * experts:
+        return f"{x.shape[0]} rows are few for {experts} experts"
+    if (rank := sum(kernel_rank(a.shape[2]) for a in adapters)) > MOST_RANK:
+        return f"the ranks are {rank} together, at most {MOST_RANK} are possible"
+    return None
+
+
+def block_diagonal(parts: Sequence[jax.Array]) -> jax.Array:
+    """[E, R_i, N_i] each -> [E, R_1 + R_2 ..., N_1 + N_2 ...], zero outside of the blocks."""
+    total, rows, before = sum(part.shape[2] for part in parts), [], 0
+    for part in parts:
+        rows.append(jnp.pad(part, ((0, 0), (0, 0), (before, total - before - part.shape[2]))))
+        before += part.shape[2]
+    return jnp.concatenate(rows, axis=1)
+
+
+def padded(p: Projection) -> tuple[jax.Array, jax.Array]:
+    """The factors of a layer that has them, with zeros up to a rank that the kernels work with."""
+    a: Any = p.a
+    b: Any = p.b
+    pad = (0, kernel_rank(a.shape[2]) - a.shape[2])
+    return jnp.pad(a, ((0, 0), (0, 0), pad)), jnp.pad(b, ((0, 0), pad, (0, 0)))
+
+
+def kernel_rank(rank: int) -> int:
     """The rank that the kernels work with."""
     from lora_jax.kernels.nf4.triton_adapter import padded_rank
 
@@ -90,6 +188,12 @@ def _choose(implementation: str | None, x, w) -> str:
 
 def _why_not(name: str, x, w) -> str | None:
     return _module(name).why_not(x, w)
+
+
+def module(x: jax.Array, *weights: Any) -> ModuleType:
+    """The file whose matmuls serve x and all weights."""
+    chosen = [_choose(None, x, w) for w in weights]
+    return _module("triton" if "triton" in chosen else chosen[0])
 
 
 def _module(name: str) -> ModuleType:
@@ -123,12 +227,12 @@ def _forward(x, w, group_sizes, a, b, key, scale, rate, name):
     """(y [M, N], dropout(x) A [M, R])."""
     op = _module(name)
     thin = op.grouped_matmul(dropout(x, key, rate), a.astype(x.dtype), group_sizes, contract=0)
+    thin = checkpoint_name(thin, "thin")  # small, and saves passes over x in backward
     return op.grouped_matmul(x, w, group_sizes, contract=1, thin=thin, b=(scale * b).astype(x.dtype)), thin
 
 
 def _lora_fwd(x, w, group_sizes, a, b, key, scale, rate, name):
     y, thin = _forward(x, w, group_sizes, a, b, key, scale, rate, name)
-    thin = checkpoint_name(thin, "thin")  # small, and saves a pass over x in backward
     return y, (x, w, group_sizes, a, b, key, thin)
 
 

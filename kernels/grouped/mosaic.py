@@ -27,10 +27,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from lora_jax.kernels.dispatch import sm_count, why_not_hopper
 from lora_jax.kernels.grouped import triton
 from lora_jax.kernels.grouped.triton import grouped_outer
-from lora_jax.kernels.grouped.xla import row_ranges
+from lora_jax.kernels.grouped.xla import Joined, row_ranges
 from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight
 
-__all__ = ["Tile", "grouped_matmul", "grouped_outer", "why_not"]
+__all__ = ["Tile", "choose_tile", "grouped_matmul", "grouped_outer", "why_not"]
 
 LEAST_ROWS = 64  # of an expert on average, below which the Triton kernels are taken
 PIECE = 64  # rows and columns that one warpgroup stores at a time
@@ -48,18 +48,26 @@ class Tile:
     swizzle: int = 8  # row blocks that follow each other before the next column block: they share the weight in L2
 
 
-def why_not(x: jax.Array, w: jax.Array | NF4Weight | NF4Layer) -> str | None:
+TILES = Tile(), Tile(cols=192, stages=4), Tile(cols=128, stages=4)  # the best first
+
+
+def choose_tile(columns: int) -> Tile | None:
+    """The tile for an output of so many columns, or None where none fits."""
+    return next((tile for tile in TILES if columns % tile.cols == 0), None)
+
+
+def why_not(x: jax.Array, w: jax.Array | NF4Weight | NF4Layer | Joined) -> str | None:
     """Why this kernel cannot serve x [M, K] and w [E, N, K], or None."""
     if (reason := why_not_hopper()) is not None:
         return reason
-    if w.shape[1] % 256 or w.shape[2] % 256:
-        return f"N and K must be multiples of 256, got [E, N, K] = {w.shape}"
+    if any(n % 64 or choose_tile(n) is None for n in w.shape[1:]):
+        return f"N and K must be multiples of 128 or 192, got [E, N, K] = {w.shape}"
     return triton.why_not(x, w)
 
 
 def grouped_matmul(
     x: jax.Array,
-    w: jax.Array | NF4Weight | NF4Layer,
+    w: jax.Array | NF4Weight | NF4Layer | Joined,
     group_sizes: jax.Array,
     *,
     contract: int,
@@ -70,14 +78,14 @@ def grouped_matmul(
     """As `xla.grouped_matmul`; R is 16, 32 or 64. `tile` is for tuning."""
     m, experts, d = x.shape[0], w.shape[0], w.shape[2 - contract]
     rank = 16 if thin is None else thin.shape[1]
+    tile = tile or choose_tile(d)
     # The thin products of the adapters, few rows, large ranks.
-    if d % 256 or x.shape[1] % 64 or rank > 64 or m < max(128, LEAST_ROWS * experts):
+    if tile is None or x.shape[1] % 64 or rank > 64 or m < max(128, LEAST_ROWS * experts):
         return triton.grouped_matmul(x, w, group_sizes, contract=contract, thin=thin, b=b)
     if m % 8:  # bulk copies take 8 rows at a time
         x = jnp.pad(x, ((0, -m % 8), (0, 0)))
         thin = None if thin is None else jnp.pad(thin, ((0, -m % 8), (0, 0)))
         return grouped_matmul(x, w, group_sizes, contract=contract, thin=thin, b=b, tile=tile)[:m]
-    tile = tile or Tile()
     blocks = (m + 8 * experts) // tile.rows + experts + 2
     kernel = functools.partial(_kernel, contract=contract, tile=tile, experts=experts)
     adapter = () if thin is None else (thin, b)

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lora_jax.kernels import dispatch
-from lora_jax.kernels.grouped.xla import in_stack, row_ranges
+from lora_jax.kernels.grouped.xla import FEW_ROWS, Joined, in_stack, row_ranges
 from lora_jax.kernels.nf4 import triton as nf4
 from lora_jax.kernels.nf4.format import BLOCK, NF4Layer, NF4Weight
 
@@ -46,9 +46,8 @@ AMPERE = {
     32: Tile(64, 128, 32, 4, 4),
     128: Tile(128, 128, 32, 8, 3),
 }
-THIN = Tile(64, 16, 64, 4, 4)  # for products with as many columns as an adapter's rank
+THIN = Tile(64, 16, 64, 4, 4)  # for products with as many columns as the ranks of adapters
 OUTER = Tile(64, 64, 0, 4, 3)
-FEW_ROWS = 16  # on average for an expert, up to which the weights are decoded in the main loop
 FEW = Tile(16, 32, 128, 4, 3)
 
 
@@ -62,13 +61,15 @@ def choose_tile(rows: float, columns: int) -> Tile:
     if dispatch.interpret():
         return Tile(16, 32, 32, 4, 1)
     if columns <= 64:
-        return THIN
+        return dataclasses.replace(THIN, cols=max(16, pl.next_power_of_2(columns)))
     table = HOPPER if plgpu.get_gpu_info().compute_capability >= 90 else AMPERE
     return table[max(least for least in table if least <= rows)]
 
 
-def why_not(x: jax.Array, w: jax.Array | NF4Weight | NF4Layer) -> str | None:
+def why_not(x: jax.Array, w: jax.Array | NF4Weight | NF4Layer | Joined) -> str | None:
     """Why these kernels cannot serve x [M, K] and w [E, N, K], or None."""
+    if isinstance(w, Joined):
+        return next(filter(None, (why_not(x, one) for one in w.weights)), None)
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in 16 bits, x is {x.dtype}"
     if not isinstance(w, NF4Weight | NF4Layer):
@@ -78,18 +79,18 @@ def why_not(x: jax.Array, w: jax.Array | NF4Weight | NF4Layer) -> str | None:
     return nf4.why_not(x, in_stack(w))
 
 
-def dense(w: jax.Array | NF4Weight | NF4Layer) -> jax.Array:
+def dense(w: jax.Array | NF4Weight | NF4Layer | Joined) -> jax.Array:
     """The experts [E, N, K] in 16 bits."""
-    if not isinstance(w, NF4Weight | NF4Layer):
+    if isinstance(w, jax.Array):
         return w
-    first = in_stack(nf4.in_reach(w))
-    experts = first.index + jnp.arange(w.shape[0], dtype=jnp.int32)
-    return jax.vmap(lambda e: nf4.dequantize(NF4Layer(first.stack, e)))(experts)
+    weights = [in_stack(nf4.in_reach(one)) for one in (w.weights if isinstance(w, Joined) else (w,))]
+    experts = jnp.arange(w.shape[0], dtype=jnp.int32)
+    return jax.vmap(lambda e: nf4.dequantize(*(NF4Layer(one.stack, one.index + e) for one in weights)))(experts)
 
 
 def grouped_matmul(
     x: jax.Array,
-    w: jax.Array | NF4Weight | NF4Layer,
+    w: jax.Array | NF4Weight | NF4Layer | Joined,
     group_sizes: jax.Array,
     *,
     contract: int,

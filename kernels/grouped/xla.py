@@ -6,14 +6,31 @@ expert exists at a time. `jax.lax.ragged_dot` would be shorter, but outside TPUs
 expert.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight, dequantize
 
-__all__ = ["grouped_matmul", "grouped_outer", "in_stack", "row_ranges", "why_not"]
+__all__ = ["Joined", "grouped_matmul", "grouped_outer", "in_stack", "row_ranges", "why_not"]
 
 BLOCK_ROWS = 512
+FEW_ROWS = 16  # of an expert on average, up to which the Triton kernels decode weights in the main loop
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Weights [E, N_i, K] that multiply the same rows, taken as one of [E, N_1 + N_2 + ..., K]."""
+
+    weights: tuple[NF4Weight | NF4Layer, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """That of the one."""
+        e, _, k = self.weights[0].shape
+        return e, sum(w.shape[1] for w in self.weights), k
 
 
 def row_ranges(group_sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -31,13 +48,13 @@ def in_stack(w: NF4Weight | NF4Layer) -> NF4Layer:
     return NF4Layer(stack, w.index * w.shape[0])
 
 
-def why_not(x: jax.Array, w: jax.Array | NF4Weight | NF4Layer) -> None:
+def why_not(x: jax.Array, w: jax.Array | NF4Weight | NF4Layer | Joined) -> None:
     """There is nothing that the specification cannot do."""
 
 
 def grouped_matmul(
     x: jax.Array,
-    w: jax.Array | NF4Weight | NF4Layer,
+    w: jax.Array | NF4Weight | NF4Layer | Joined,
     group_sizes: jax.Array,
     *,
     contract: int,
@@ -48,7 +65,8 @@ def grouped_matmul(
 
     Args:
       x: [M, C], rows sorted by expert; rows past the sum of group_sizes give zeros.
-      w: stacked weights [E, D, C] (contract=1) or [E, C, D] (contract=0), an array, an NF4Weight or an NF4Layer.
+      w: stacked weights [E, D, C] (contract=1) or [E, C, D] (contract=0), an array, an NF4Weight, an NF4Layer or
+        Joined.
       group_sizes: int32 [E].
       contract: axis of w[e] that is contracted.
       thin, b: [M, R] and [E, R, D] in the dtype of x, or None.
@@ -100,8 +118,10 @@ def grouped_outer(x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.Arr
     return jax.lax.scan(expert, None, (starts, ends))[1]
 
 
-def _dense(w: jax.Array | NF4Weight | NF4Layer, e: jax.Array, dtype) -> jax.Array:
+def _dense(w: jax.Array | NF4Weight | NF4Layer | Joined, e: jax.Array, dtype) -> jax.Array:
     """Expert e of the stack in the dtype of the activations."""
+    if isinstance(w, Joined):
+        return jnp.concatenate([_dense(one, e, dtype) for one in w.weights])
     if not isinstance(w, NF4Weight | NF4Layer):
         return jax.lax.dynamic_index_in_dim(w, e, keepdims=False).astype(dtype)
     first = in_stack(w)

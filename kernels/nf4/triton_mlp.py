@@ -36,7 +36,7 @@ from lora_jax.kernels import dispatch
 from lora_jax.kernels.nf4.triton import asm
 from lora_jax.kernels.nf4.triton_adapter import extend_combined, load, row_mask, store
 
-__all__ = ["ACTIVATIONS", "MAX_RANK", "backward", "forward"]
+__all__ = ["ACTIVATIONS", "MAX_RANK", "backward", "forward", "sigmoid"]
 
 MAX_RANK = 64  # of each adapter: backward keeps three sums [64, rank] in registers
 
@@ -54,7 +54,7 @@ def forward(gate: jax.Array, up: jax.Array, a: jax.Array, *, activation: str = "
 
     def gated(gate, up):
         wide = gate.astype(jnp.float32)
-        return (wide * _sigmoid(z(wide)) * up.astype(jnp.float32)).astype(gate.dtype)
+        return (wide * sigmoid(z(wide)) * up.astype(jnp.float32)).astype(gate.dtype)
 
     return extend_combined(gated, (gate, up), a, "lora_swiglu", step=step)
 
@@ -131,9 +131,9 @@ def _backward_kernel(
         # The compiler would make dh the start of the dot's accumulator if it were added, and does not load
         # accumulators ahead.
         dh -= plgpu.dot(minus_a, dthin, trans_b=True)
-        sigmoid = _sigmoid(z(gate))
-        act, dact = gate * sigmoid, dh * up
-        dgate = (dact * sigmoid * (1 + (gate - act) * slope(gate))).astype(dgate_ref.dtype)
+        of_gate = sigmoid(z(gate))
+        act, dact = gate * of_gate, dh * up
+        dgate = (dact * of_gate * (1 + (gate - act) * slope(gate))).astype(dgate_ref.dtype)
         dup = (dh * act).astype(dgate_ref.dtype)
         h = (act * up).astype(dgate_ref.dtype)
         store(dgate_ref, (rows, columns), dgate.T, mask)
@@ -146,7 +146,7 @@ def _backward_kernel(
         ref[part, columns, :] = total
 
 
-def _sigmoid(x):
+def sigmoid(x):
     """1 / (1 + exp(-x)), right to 2^-16 of itself (bfloat16: 2^-8), with the GPU's own exponential and reciprocal."""
     if dispatch.interpret():
         return 1 / (1 + jnp.exp(-x))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from lora_jax.kernels.dispatch import why_not_hopper
-from lora_jax.kernels.grouped import grouped_lora_matmul, xla
+from lora_jax.kernels.grouped import grouped_lora_matmul, grouped_lora_matmuls, xla
 from lora_jax.kernels.nf4 import dequantize, quantize
 from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight
+from lora_jax.kernels.nf4.shared_input import Projection
 from tests.jaxprs import equations
 
 ROUTING = {  # rows of 4 experts, and rows in all
@@ -235,16 +236,84 @@ def test_experts_of_a_stack_are_not_copied(rows):
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["triton", "mosaic"])
 @pytest.mark.parametrize(
-    ("sizes", "m", "rank"),
+    ("sizes", "m", "rank", "shape"),
     [
-        ((256, 256, 256, 256), 1024, 16),
-        ((130, 0, 711, 173), 1111, 5),  # rows left over, an empty expert, no multiple of 8
-        ((1, 2, 3, 1000), 1006, 33),
-        ((0, 0, 0, 0), 600, 16),
+        ((256, 256, 256, 256), 1024, 16, (512, 256)),
+        ((130, 0, 711, 173), 1111, 5, (512, 256)),  # rows left over, an empty expert, no multiple of 8
+        ((1, 2, 3, 1000), 1006, 33, (512, 256)),
+        ((0, 0, 0, 0), 600, 16, (512, 256)),
+        ((130, 0, 711, 173), 1111, 16, (192, 384)),  # widths of narrower tiles
+        ((1, 2, 3, 1000), 1006, 33, (128, 192)),
     ],
 )
-def test_many_rows(implementation, sizes, m, rank, monkeypatch):
+def test_many_rows(implementation, sizes, m, rank, shape, monkeypatch):
     if implementation == "mosaic" and (reason := why_not_hopper()):
         pytest.skip(reason)
     monkeypatch.setitem(ROUTING, "many", (list(sizes), m))
-    check(implementation, "many", (512, 256), rank, "nf4-double", jnp.bfloat16)
+    check(implementation, "many", shape, rank, "nf4-double", jnp.bfloat16)
+
+
+# ---- several weights that multiply the same rows --------------------------------------------------------------------
+
+
+def check_joined(implementation, sizes, m, widths, k, ranks, base="nf4-double", dtype=jnp.bfloat16):
+    """Against the reference of each weight; the gradient of the rows is the sum."""
+    sizes = jnp.asarray(sizes, jnp.int32)
+    cases = [case(4, n, k, r, m, base, dtype, seed) for seed, (n, r) in enumerate(zip(widths, ranks, strict=True))]
+    x, scales = cases[0][0], (0.7, 1.5)
+    weights, factors = [c[1] for c in cases], [c[3:5] for c in cases]
+
+    def f(x, factors):
+        layers = [Projection(w, a, b, s) for w, (a, b), s in zip(weights, factors, scales, strict=True)]
+        return grouped_lora_matmuls(x, layers, sizes, implementation=implementation)
+
+    ys, pull = jax.vjp(jax.jit(f), x, factors)
+    dx, dfactors = pull([c[5] for c in cases])
+    want = [reference(x, dense, sizes, a, b, s, dy) for (_, _, dense, a, b, dy), s in zip(cases, scales, strict=True)]
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2  # as in `check`
+    assert relative(dx, want[0][1] + want[1][1]) < tolerance
+    for y, (da, db), (want_y, _, want_da, want_db) in zip(ys, dfactors, want, strict=True):
+        assert y.dtype == x.dtype
+        for got, wanted in ((y, want_y), (da, want_da), (db, want_db)):
+            assert relative(got, wanted) < tolerance
+    return jax.make_jaxpr(f)(x, factors)
+
+
+@pytest.mark.parametrize("routing", ["odd", "rows left over"])
+@pytest.mark.parametrize(
+    ("implementation", "base", "dtype"),
+    [("xla", "nf4", jnp.float32), ("triton", "nf4-double", jnp.bfloat16), ("triton", "float", jnp.bfloat16)],
+)
+def test_several_weights(routing, implementation, base, dtype):
+    sizes, m = ROUTING[routing]
+    check_joined(implementation, sizes, m, (96, 64), 64, (3, 5), base, dtype)
+
+
+@pytest.mark.parametrize(("rows", "calls"), [(77, 2), (20, 4)])
+def test_many_rows_are_read_once_for_several_weights(rows, calls):
+    """One product with all adapters' first factors and one with all weights; few rows are multiplied one by one."""
+    sizes = [rows, 0, 0, 0]
+    jaxpr = check_joined("triton", sizes, rows, (96, 64), 64, (3, 5))
+    names = [str(e.params.get("name", "")) for e in equations(jaxpr.jaxpr)]
+    assert sum(name.startswith("grouped_matmul") for name in names) == calls
+
+
+def test_one_weight_of_several_without_an_adapter():
+    sizes = jnp.asarray([40, 0, 30, 7], jnp.int32)
+    cases = [case(4, n, 64, 4, 77, "nf4-double", jnp.bfloat16) for n in (96, 64)]
+    x = cases[0][0]
+    for adapters in ((), (0,), (1,)):
+        layers = [Projection(c[1], *(c[3:5] if i in adapters else ())) for i, c in enumerate(cases)]
+        ys = grouped_lora_matmuls(x, layers, sizes, implementation="triton")
+        for y, layer in zip(ys, layers, strict=True):
+            want = grouped_lora_matmul(x, layer.w, sizes, layer.a, layer.b, implementation="xla")
+            assert relative(y, np.asarray(want, np.float64)) < 2e-2  # as in `check`
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "mosaic"])
+@pytest.mark.parametrize(("widths", "k"), [((512, 256), 256), ((192, 192), 384), ((704, 704), 512)])
+def test_several_weights_of_many_rows(implementation, widths, k):
+    if implementation == "mosaic" and (reason := why_not_hopper()):
+        pytest.skip(reason)
+    check_joined(implementation, (130, 0, 711, 173), 1111, widths, k, (16, 8))

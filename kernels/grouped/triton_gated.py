@@ -1,0 +1,132 @@
+"""Backward of what lies between the matmuls of experts, in Pallas-Triton: h = weight act(gate) up, with the adapters.
+
+As kernels/nf4/triton_mlp.py does for one feed-forward layer, on rows that are sorted by expert. A program has a few
+columns of one expert and walks over its rows: it reads gate, up and the gradient of h once, writes the gradients of
+gate and up over them, and sums the gradients of down's A and of gate's and up's B, and of every row's weight over its
+columns. Tiles are transposed, for the reason given there.
+
+Bytes for M rows of F features: 2 M F (2 + 1) read, 4 M F written.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from lora_jax.kernels import dispatch
+from lora_jax.kernels.grouped.xla import row_ranges
+from lora_jax.kernels.nf4.triton_adapter import load, store
+from lora_jax.kernels.nf4.triton_mlp import ACTIVATIONS, MAX_RANK, sigmoid
+
+__all__ = ["ACTIVATIONS", "MAX_RANK", "backward"]
+
+
+def backward(
+    y: jax.Array,
+    dh: jax.Array,
+    weights: jax.Array,
+    group_sizes: jax.Array,
+    thin: jax.Array,
+    dthin: jax.Array,
+    bias: jax.Array | None,
+    *,
+    activation: str,
+    clamp: tuple[float, float] | None,
+    block: int = 32,
+    cols: int = 64,
+    warps: int = 4,
+    stages: int = 3,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of gate, up, the rows' weights, and the adapters around.
+
+    Args:
+      y: gate and up side by side [M, 2 F], without biases, rows sorted by expert; F a multiple of 16.
+      dh: gradient of h [M, F].
+      weights: float32 [M].
+      group_sizes: int32 [E].
+      thin: products of the input with gate's and with up's A side by side [M, 2 R].
+      dthin: products of the output's gradient with down's B [M, S].
+      bias: of gate and up side by side [E, 2 F], or None.
+      activation: of ACTIVATIONS; not looked at where there is a clamp.
+      clamp: (alpha, limit) of gpt-oss's activation (see `lora_jax.models.moe.clamped_swiglu`).
+      block, cols: rows and columns of a tile.
+      warps, stages: of a program, and of its pipeline of loads.
+
+    Returns:
+      (gradient of y [M, 2 F], in its place if it is of no more use; that of weights, float32 [M]; and float32 sums over
+      the rows of every expert: h^T dthin [E, F, S], dgate^T thin [E, F, R] and dup^T thin [E, F, R]).
+      Rows of no expert keep what y has there; their weights have no gradient.
+    """
+    (m, f), experts = dh.shape, group_sizes.shape[0]
+    cols = min(cols, f & -f)
+    starts, ends = row_ranges(group_sizes)
+    r, s = thin.shape[1] // 2, dthin.shape[1]
+    sums = [jax.ShapeDtypeStruct((experts, f, width), jnp.float32) for width in (s, r, r)]
+    partial = jax.ShapeDtypeStruct((f // cols, m), jnp.float32)
+    kernel = functools.partial(
+        _kernel, activation=activation, clamp=clamp, block=block, cols=cols, biased=bias is not None
+    )
+    dy, dweights, *sums = pl.pallas_call(
+        kernel,
+        grid=(f // cols, experts),
+        out_shape=(jax.ShapeDtypeStruct(y.shape, y.dtype), partial, *sums),
+        input_output_aliases={0: 0},  # a program overwrites what it alone has read
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=dispatch.interpret(),
+        name="grouped_gated_backward",
+    )(y, dh, weights, thin, dthin, starts, ends, *(() if bias is None else (bias,)))
+    dweights = jnp.where(jnp.arange(m) < ends[-1], dweights.sum(axis=0), 0.0)
+    return dy, dweights, *sums
+
+
+def _kernel(
+    y_ref, dh_ref, weights_ref, thin_ref, dthin_ref, start_ref, end_ref, *refs, activation, clamp, block, cols, biased
+):
+    dy_ref, dweights_ref, *sum_refs = refs[biased:]
+    f, s, r = dh_ref.shape[1], dthin_ref.shape[1], thin_ref.shape[1] // 2
+    part, e = pl.program_id(0), pl.program_id(1)
+    of_gate, of_up = pl.ds(part * cols, cols), pl.ds(f + part * cols, cols)
+    start, end = start_ref[e], end_ref[e]
+    biases = [(at, refs[0][e, at].astype(jnp.float32)[:, None] if biased else 0.0) for at in (of_gate, of_up)]
+
+    def body(i, totals):
+        first = start + i * block
+        rows, inside = pl.ds(first, block), first + jnp.arange(block, dtype=jnp.int32) < end
+        mask = inside[:, None]
+        gate, up = (load(y_ref, (rows, at), mask).T.astype(jnp.float32) + b for at, b in biases)
+        dh = load(dh_ref, (rows, of_gate), mask).T.astype(jnp.float32)
+        weight = plgpu.load(weights_ref.at[rows], mask=inside, other=0.0)[None, :]
+        thin_gate, thin_up = (load(thin_ref, (rows, pl.ds(at, r)), mask) for at in (0, r))
+        dthin = load(dthin_ref, (rows, pl.ds(0, s)), mask)
+        act, slope, up, inside_up = _activation(gate, up, activation, clamp)
+        h = act * up
+        plgpu.store(dweights_ref.at[part, rows], jnp.sum(dh * h, axis=0), mask=inside)
+        dh *= weight
+        dgate = (dh * up * slope).astype(dy_ref.dtype)
+        dup = jnp.where(inside_up, dh * act, 0.0).astype(dy_ref.dtype)
+        store(dy_ref, (rows, of_gate), dgate.T, mask)
+        store(dy_ref, (rows, of_up), dup.T, mask)
+        products = ((h * weight).astype(dy_ref.dtype), dthin), (dgate, thin_gate), (dup, thin_up)
+        return tuple(total + plgpu.dot(a, b) for total, (a, b) in zip(totals, products, strict=True))
+
+    zeros = tuple(jnp.zeros((cols, width), jnp.float32) for width in (s, r, r))
+    totals = jax.lax.fori_loop(jnp.int32(0), (end - start + block - 1) // block, body, zeros)
+    for ref, total in zip(sum_refs, totals, strict=True):
+        ref[e, of_gate, :] = total
+
+
+def _activation(gate, up, activation, clamp):
+    """(act(gate), its derivative, the factor that up is, whether up's gradient passes)."""
+    if clamp is None:
+        z, slope = ACTIVATIONS[activation]
+        of = sigmoid(z(gate))
+        act = gate * of
+        return act, of * (1 + (gate - act) * slope(gate)), up, True
+    alpha, limit = clamp
+    passes, inside_up = gate <= limit, jnp.abs(up) <= limit
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit) + 1
+    of = sigmoid(alpha * gate)
+    act = gate * of
+    return act, jnp.where(passes, of * (1 + alpha * (gate - act)), 0.0), up, inside_up
