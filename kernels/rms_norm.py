@@ -10,6 +10,8 @@ from lora_jax.kernels.dispatch import on_gpu, resolve
 
 __all__ = ["add_rms_norm", "branch_rms_norm", "rms_norm"]
 
+_HEAD = 256  # features of the largest head
+
 
 def rms_norm(
     x: jax.Array, weight: jax.Array, eps: float, *, plus_one: bool = False, implementation: str | None = None
@@ -64,7 +66,9 @@ def _choose(x: jax.Array, implementation: str | None) -> str:
 
         return rms_norm_triton.why_not(x)
 
-    preference = ("xla",) if x.dtype == jnp.float32 else on_gpu("triton")
+    # A head's norm stands between taking queries out of the product with q, k and v and rotating them: XLA does all
+    # three at once (a Qwen3 layer of 16,384 tokens: 0.2 ms less).
+    preference = ("xla",) if x.dtype == jnp.float32 or x.shape[-1] <= _HEAD else on_gpu("triton")
     return resolve("rms_norm", implementation, {"xla": None, "triton": why_not_triton}, preference)
 
 

@@ -60,7 +60,7 @@ class Program(NamedTuple):
 def build(hf: dict[str, Any], targets: tuple[str, ...] | None) -> CausalLM:
     """The model with random weights (see `bench_step.random_weights`) and adapters; to be called under `jax.jit`."""
     model = abstract_model(hf)
-    nnx.update(model.module, random_weights(nnx.state(model.module), model.config.hidden_size))
+    nnx.update(model.module, random_weights(nnx.state(model.module), model.config))
     return get_peft_model(model, LoraConfig(r=16, target_modules=targets), verbose=False)
 
 

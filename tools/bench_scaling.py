@@ -144,7 +144,7 @@ def lower(model: Any, optimizer: Any, job: Job, devices: Any, scan_layers: bool 
     ids = jax.ShapeDtypeStruct((job.accumulation, rows // job.accumulation, length), np.int32)
     batch = {"input_ids": ids, "labels": ids}
     batch = placed(batch, sharding.batch_specs(batch))
-    make = functools.partial(random_weights, frozen, model.config.hidden_size)
+    make = functools.partial(random_weights, frozen, model.config)
     where = jax.tree.map(lambda x: x.sharding, frozen)
     return {
         "mesh": mesh,

@@ -82,8 +82,13 @@ def abstract_model(shape: dict[str, Any], *, nf4: bool = True, dtype: str = "bfl
     return CausalLM(module, hf_config=hf, source=Path("random"))
 
 
-def random_weights(frozen: Any, hidden_size: int) -> Any:
-    """Values for the frozen leaves, to be called under jit: random bytes, of scales that keep activations finite."""
+def random_weights(frozen: Any, config: Any) -> Any:
+    """Values for the frozen leaves, to be called under jit: random bytes, of scales that keep activations finite.
+
+    Args:
+      frozen: the leaves.
+      config: the model's `DecoderConfig`.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -100,9 +105,9 @@ def random_weights(frozen: Any, hidden_size: int) -> Any:
             return jnp.broadcast_to(jnp.asarray(nested_code()), leaf.shape)
         if "nested" in name:  # scales of about 0.6 / sqrt(hidden size)
             size = 0.1 if "absmax" in name else 0.6
-            return jnp.full(leaf.shape, size * hidden_size**-0.5, leaf.dtype)
+            return jnp.full(leaf.shape, size * config.hidden_size**-0.5, leaf.dtype)
         if "norm" in name:
-            return jnp.ones(leaf.shape, leaf.dtype)
+            return jnp.full(leaf.shape, 0.0 if config.norm_plus_one else 1.0, leaf.dtype)
         return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, frozen)
@@ -135,7 +140,7 @@ def random_model(
         model.offload_embedding()
     frozen = nnx.state(model.module)
     drawn = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else None, frozen)
-    drawn = jax.jit(functools.partial(random_weights, drawn, shape["hidden_size"]))()
+    drawn = jax.jit(functools.partial(random_weights, drawn, model.config))()
     frozen = jax.tree.map(lambda new, old: old if new is None else new, drawn, frozen, is_leaf=lambda x: x is None)
     nnx.update(model.module, frozen)
     return model

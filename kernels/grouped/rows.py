@@ -71,7 +71,10 @@ def take_rows(x: jax.Array, index: jax.Array, *, implementation: str | None = No
     n, d = index.shape[0], x.shape[1]
     return pl.pallas_call(
         _take_rows,
-        grid=(pl.cdiv(d, _COLS), pl.cdiv(n, _ROWS)),
+        grid=(
+            pl.cdiv(n, _ROWS),
+            pl.cdiv(d, _COLS),
+        ),  # all rows of some columns, which stay in the L2 cache, then others
         out_shape=jax.ShapeDtypeStruct((n, d), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=dispatch.interpret(),
@@ -81,8 +84,8 @@ def take_rows(x: jax.Array, index: jax.Array, *, implementation: str | None = No
 
 def _take_rows(index_ref, x_ref, out_ref):
     (n, d), dtype = out_ref.shape, out_ref.dtype
-    rows = pl.program_id(1) * _ROWS + jnp.arange(_ROWS, dtype=jnp.int32)
-    cols = pl.program_id(0) * _COLS + jnp.arange(_COLS, dtype=jnp.int32)
+    rows = pl.program_id(0) * _ROWS + jnp.arange(_ROWS, dtype=jnp.int32)
+    cols = pl.program_id(1) * _COLS + jnp.arange(_COLS, dtype=jnp.int32)
     inside = jnp.broadcast_to((rows < n)[:, None] & (cols < d)[None], (_ROWS, _COLS))
     taken = plgpu.load(index_ref.at[rows], mask=rows < n, other=0)
     at = jnp.broadcast_to(cols[None], inside.shape)

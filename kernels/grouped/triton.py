@@ -20,7 +20,7 @@ from lora_jax.kernels.grouped.xla import FEW_ROWS, Joined, in_stack, row_ranges
 from lora_jax.kernels.nf4 import triton as nf4
 from lora_jax.kernels.nf4.format import BLOCK, NF4Layer, NF4Weight
 
-__all__ = ["Tile", "choose_tile", "dense", "grouped_matmul", "grouped_outer", "tiles", "why_not"]
+__all__ = ["Tile", "block_map", "choose_tile", "dense", "grouped_matmul", "grouped_outer", "tiles", "why_not"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def grouped_matmul(
     tile = tile or choose_tile(m / experts, d)
     w = dense(w)
     blocks = -(-m // tile.rows) + experts  # never more are needed; the last ones zero the rows of no expert
-    expert, start, end = _block_map(group_sizes, m, tile.rows, blocks)
+    expert, start, end = block_map(group_sizes, m, tile.rows, blocks)
     kernel = functools.partial(_matmul, contract=contract, tile=tile, blocks=blocks, experts=experts)
     adapter = () if thin is None else (thin, b)
     return pl.pallas_call(
@@ -118,7 +118,7 @@ def grouped_matmul(
     )(expert, start, end, x, w, *adapter)
 
 
-def _block_map(group_sizes, m: int, rows: int, blocks: int):
+def block_map(group_sizes, m: int, rows: int, blocks: int):
     """Expert, first row and row after the last one of every block; a pseudo-expert E owns the rows left over."""
     starts, ends = row_ranges(group_sizes)
     total = ends[-1]
@@ -209,7 +209,7 @@ def few_rows(
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=dispatch.interpret(),
         name="grouped_matmul_few_rows",
-    )(*_block_map(group_sizes, m, tile.rows, blocks), first.index.reshape(1), halves, packed, *scales, *adapter)
+    )(*block_map(group_sizes, m, tile.rows, blocks), first.index.reshape(1), halves, packed, *scales, *adapter)
 
 
 def _few_rows(expert_ref, start_ref, end_ref, first_ref, x_ref, packed_ref, *refs, tile, experts, scales):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax.kernels.dispatch import why_not_hopper
-from lora_jax.kernels.grouped import grouped_lora_mlp
+from lora_jax.kernels.grouped import grouped_lora_mlp, triton_gated
 from lora_jax.kernels.grouped.rows import rows_of_pairs, sums_of_pairs, take_rows
 from lora_jax.kernels.nf4 import dequantize, quantize
 from lora_jax.kernels.nf4.shared_input import Projection
@@ -93,7 +93,8 @@ def check(sizes, m, k, f, ranks, *, activation="silu", clamp=None, biased=False,
         ((40, 3, 20, 17), 80, {"clamp": CLAMP, "biased": True}),
     ],
 )
-def test_all_gradients_against_float64(sizes, m, options):
+def test_all_gradients_against_float64(sizes, m, options, monkeypatch):
+    monkeypatch.setattr(triton_gated, "_LEAST", 16)  # rows of a stretch: experts with more have several
     check(sizes, m, 64, 128, (16, 16, 8), **options)
 
 
@@ -104,7 +105,7 @@ def test_the_composition_and_odd_ranks():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("k", "f"), [(512, 768), (320, 704), (192, 192)])
+@pytest.mark.parametrize(("k", "f"), [(512, 768), (320, 704), (192, 192)])  # the expert of 711 has two stretches
 @pytest.mark.parametrize("options", [{}, {"clamp": CLAMP, "biased": True}])
 def test_many_rows(k, f, options):
     if reason := why_not_hopper():
