@@ -77,7 +77,11 @@ class Workload:
         features = {"input": w.hidden, "q": w.q, "k": w.k, "v": w.v, "attention": w.attention, "residual": w.hidden}
         # Of q, k and v together, gate and up together, and down, with ranks padded as triton_adapter.py does; and of o.
         padded = max(16, _power_of_two(self.rank))
-        thin = _power_of_two(3 * padded) + _power_of_two(2 * padded) + padded + self.rank
+        thin = _power_of_two(3 * padded) + self.rank
+        moe = self.config.moe
+        if moe is None or w.pairs == 0 or moe.shared_size is not None:
+            thin += _power_of_two(2 * padded) + padded
+        thin += 3 * padded * w.pairs
         features |= {"gate": w.mlp, "up": w.mlp, "thin": thin}
         sizes = {name: self.tokens * n * self.itemsize for name, n in features.items()}
         sizes["attention_lse"] = 4 * self.tokens * self.config.num_heads
@@ -110,6 +114,7 @@ class Widths(NamedTuple):
     expert: int  # gate's of one expert
     qkv: int  # weights that make queries, keys and values
     experts: int  # how many times the weights of gate, up and down are stored that a token uses
+    pairs: int  # experts that a token goes to; 0 where there are none
 
 
 @functools.cache
@@ -123,11 +128,11 @@ def layer_widths(c: "DecoderConfig", layer: int) -> Widths:
         qkv = d * q if latent.query_rank is None else latent.query_rank * (d + q)
         qkv += d * (latent.key_value_rank + latent.rotated_dim)
         qkv += latent.key_value_rank * c.num_heads * (latent.plain_dim + latent.value_dim)
-    mlp, expert, experts = c.intermediate_size, c.intermediate_size, 1
+    mlp, expert, experts, pairs = c.intermediate_size, c.intermediate_size, 1, 0
     if (moe := c.moe) is not None and layer in moe.layers:
-        expert, experts = moe.intermediate_size, moe.num_experts // moe.top_k
+        expert, experts, pairs = moe.intermediate_size, moe.num_experts // moe.top_k, moe.top_k
         mlp = moe.top_k * expert + (moe.shared_size or 0)
-    return Widths(d, q, k, v, attention, mlp, expert, qkv, experts)
+    return Widths(d, q, k, v, attention, mlp, expert, qkv, experts, pairs)
 
 
 def _power_of_two(n: int) -> int:
@@ -282,6 +287,7 @@ _MORE_FUSED = 3.5  # in 16 bits, where one weight makes gate and up: these and t
 _HIDDEN_ARRAYS, _DECODED, _LAYOUTS = (6.25, 6.0), (2.65, 3.0), (0.0, 1.0)
 _LEAST_HIDDEN_ARRAYS, _LEAST_DECODED = 2.0, 1.0
 _DECODED_EXPERTS, _LEAST_DECODED_EXPERTS = 3.0, 1.4
+_PAIR_ARRAYS = 3.5  # [M k, D] of the tokens' pairs with experts: inputs, outputs, and their gradients
 _LOSS_HIDDEN_ARRAYS = 3.0
 
 
@@ -339,6 +345,7 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
             missing = 0 if ALL in actions else len(_missing(actions)) / len(_BUNDLES)
             hidden = _LEAST_HIDDEN_ARRAYS + missing * (hidden - _LEAST_HIDDEN_ARRAYS)
             decoded = least + missing * (decoded - least)
+        here += a * _PAIR_ARRAYS * rows * w.pairs * w.hidden
         here += a * work.config.fused_qkv * rows * (w.q + w.k + w.v)  # together and apart
         here += a * (hidden * rows * w.hidden + decoded * w.experts * w.hidden * w.mlp)
         # While one layer's tensors are in use, those of the next are on their way.
