@@ -286,7 +286,7 @@ _MLP_ARRAYS, _MORE_WITH_DORA = 3.2, 4.0
 _MORE_FUSED = 3.5  # in 16 bits, where one weight makes gate and up: these and their gradients lie together and apart
 _HIDDEN_ARRAYS, _DECODED, _LAYOUTS = (6.25, 6.0), (2.65, 3.0), (0.0, 1.0)
 _LEAST_HIDDEN_ARRAYS, _LEAST_DECODED = 2.0, 1.0
-_DECODED_EXPERTS, _LEAST_DECODED_EXPERTS = 3.0, 1.4
+_DECODED_EXPERTS, _LEAST_DECODED_EXPERTS = (2.0, 3.0), 1.4
 _PAIR_ARRAYS = 3.5  # [M k, D] of the tokens' pairs with experts: inputs, outputs, and their gradients
 _LOSS_HIDDEN_ARRAYS = 3.0
 
@@ -340,7 +340,7 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         here = a * arrays * _rows_at_once(work, plan, actions) * w.mlp
         hidden, decoded, least = _HIDDEN_ARRAYS[looped], _DECODED[looped], _LEAST_DECODED
         if w.experts > 1:
-            decoded, least = _DECODED_EXPERTS, _LEAST_DECODED_EXPERTS
+            decoded, least = _DECODED_EXPERTS[looped], _LEAST_DECODED_EXPERTS
         if not looped:
             missing = 0 if ALL in actions else len(_missing(actions)) / len(_BUNDLES)
             hidden = _LEAST_HIDDEN_ARRAYS + missing * (hidden - _LEAST_HIDDEN_ARRAYS)
