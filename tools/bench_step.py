@@ -108,7 +108,10 @@ def random_weights(frozen: Any, config: Any) -> Any:
             return jnp.full(leaf.shape, size * config.hidden_size**-0.5, leaf.dtype)
         if "norm" in name:
             return jnp.full(leaf.shape, 0.0 if config.norm_plus_one else 1.0, leaf.dtype)
-        return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+        # What random layers add is much the same for all tokens: beside small embeddings they would all go to the same
+        # few experts, where those of trained models spread.
+        scale = 1.0 if config.moe is not None and "embed_tokens" in name else 0.02
+        return (scale * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, frozen)
 

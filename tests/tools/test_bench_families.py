@@ -3,10 +3,16 @@
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
+from lora_jax.models.moe import MoE
 from lora_jax.models.registry import config_from_hf
 from lora_jax.tools import bench_families
+from lora_jax.tools.bench_step import abstract_model, random_weights, token_ids
 from lora_jax.tools.published import PUBLISHED
 
 TINY = {
@@ -41,6 +47,25 @@ def test_parameters_that_a_token_meets():
     embedding, norms, routers, experts = 32000 * 4096, 65 * 4096, 32 * 8 * 4096, 32 * 6 * 3 * 4096 * 14336
     assert of("Mixtral-8x7B") == PUBLISHED["Mixtral-8x7B"][1] - embedding - norms - routers - experts
     assert all(name in PUBLISHED for name in bench_families.MODELS)
+
+
+def test_tokens_spread_over_experts_as_in_trained_models(monkeypatch):
+    """Beside small embeddings, what random layers add sends all tokens of the deeper layers to the same few experts."""
+    hf = {**tiny("Qwen3-30B-A3B"), "num_hidden_layers": 12, "num_experts": 32, "num_experts_per_tok": 2}
+    counts, route = [], MoE.route
+
+    def counted(self, tokens):
+        weights, chosen, scores = route(self, tokens)
+        jax.debug.callback(lambda chosen: counts.append(np.bincount(chosen.ravel(), minlength=32)), chosen)
+        return weights, chosen, scores
+
+    monkeypatch.setattr(MoE, "route", counted)
+    model = abstract_model(hf)
+    nnx.update(model.module, jax.jit(lambda: random_weights(nnx.state(model.module), model.config))())
+    model.module(jnp.asarray(token_ids(1, 512, 512), jnp.int32))
+    jax.effects_barrier()
+    assert len(counts) == 12
+    assert max(count.max() for count in counts) < 4 * 512 * 2 / 32  # of the mean
 
 
 @pytest.mark.slow  # 30 s to compile
