@@ -81,7 +81,7 @@ class Workload:
         moe = self.config.moe
         if moe is None or w.pairs == 0 or moe.shared_size is not None:
             thin += _power_of_two(2 * padded) + padded
-        thin += 3 * padded * w.pairs
+        thin += (3 * padded + 4) * w.pairs  # and the order of the pairs, two int32
         features |= {"gate": w.mlp, "up": w.mlp, "thin": thin}
         sizes = {name: self.tokens * n * self.itemsize for name, n in features.items()}
         sizes["attention_lse"] = 4 * self.tokens * self.config.num_heads

@@ -200,7 +200,8 @@ class MoE(nnx.Module):
     def _routed(self, tokens: jax.Array, weights: jax.Array, chosen: jax.Array, *, keys: Sequence) -> jax.Array:
         """What the experts add up to: tokens [M, D], weights and numbers of experts [M, k] -> float32 [M, D]."""
         order = jnp.argsort(chosen.reshape(-1))  # the pairs of token and expert, by expert
-        place = jnp.argsort(order)  # of each pair among them
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)  # of each among them
+        order, place = (checkpoint_name(one, "thin") for one in (order, place))  # as small, and slow to sort again
         # Counted by comparing: a GPU adds up pair by pair what is scattered to few places.
         here = jnp.arange(self.moe.num_experts // parallel.size("expert"))
         group_sizes = (chosen.reshape(-1, 1) == here).sum(axis=0, dtype=jnp.int32)
