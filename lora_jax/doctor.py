@@ -267,6 +267,7 @@ def _ops() -> dict[str, tuple[Callable[[], Callable[[str], Any]], tuple[str, ...
         "flash_attention": (_attention_case, ("cudnn", "triton", "mosaic")),
         "flash_attention, packed": (functools.partial(_attention_case, packed=True), ("triton", "mosaic")),
         "grouped_lora_matmul": (_grouped_case, ("triton", "mosaic")),
+        "grouped_lora_mlp": (_experts_case, ("triton",)),
         "linear_cross_entropy": (_loss_case, ("mosaic",)),
         "rms_norm": (_norm_case, ("triton",)),
     }
@@ -384,6 +385,26 @@ def _grouped_case() -> Callable[[str], Any]:
         )
 
     return run
+
+
+def _experts_case() -> Callable[[str], Any]:
+    import jax
+    import jax.numpy as jnp
+
+    from lora_jax.kernels.grouped import grouped_lora_mlp
+    from lora_jax.kernels.nf4 import quantize
+    from lora_jax.kernels.nf4.shared_input import Projection
+
+    (x,), stacks = _random((256, 512)), _random((4, 256, 512), (4, 256, 512), (4, 512, 256))
+    packed = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(quantize, w)) for w in stacks]
+    factors = [_factors(k, n, lead=(4,)) for k, n in ((512, 256), (512, 256), (256, 512))]
+    sizes, scores = jnp.asarray([100, 0, 29, 120], jnp.int32), jnp.linspace(0.1, 1, 256)
+
+    def op(name, x, scores, factors):
+        gate, up, down = (Projection(w, a, b, 2.0) for w, (a, b) in zip(packed, factors, strict=True))
+        return grouped_lora_mlp(x, gate, up, down, sizes, scores, implementation=name)
+
+    return lambda name: _with_gradients(functools.partial(op, name), x, scores, factors)
 
 
 def _loss_case() -> Callable[[str], Any]:
