@@ -108,7 +108,7 @@ def quantize(x: jax.Array, signed: bool) -> Quantized:
 
 def dequantize(q: Quantized, signed: bool) -> jax.Array:
     """The values of a quantised tensor, float32 of its shape."""
-    values = jnp.asarray(dynamic_map(signed)).at[_blocks(q.codes)].get(mode="promise_in_bounds")
+    values = _looked_up(dynamic_map(signed), _blocks(q.codes))
     return _unblock(values * q.absmax[:, None], q.codes.shape)
 
 
@@ -160,8 +160,13 @@ def _nearest(unit: jax.Array, signed: bool) -> jax.Array:
     if signed:  # the map is zero at index 127, and symmetric but for the 1.0 at its end
         lower = jnp.where(unit < 0, 126 - lower, 127 + lower)
     lower = jnp.clip(lower, 0, 254)  # also keeps the look-up in bounds for NaN
-    upper_from = jnp.asarray(_borders(signed)).at[lower].get(mode="promise_in_bounds")
+    upper_from = _looked_up(_borders(signed), lower)
     return (lower + (unit > upper_from)).astype(jnp.uint8)
+
+
+def _looked_up(table: np.ndarray, index: jax.Array) -> jax.Array:
+    """table[index]; indices are in bounds, and XLA writes out what it takes to make sure of it."""
+    return jnp.asarray(table).at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 @functools.cache
