@@ -192,8 +192,8 @@ def _why_not(name: str, x, w) -> str | None:
 
 def module(x: jax.Array, *weights: Any) -> ModuleType:
     """The file whose matmuls serve x and all weights."""
-    chosen = [_choose(None, x, w) for w in weights]
-    return _module("triton" if "triton" in chosen else chosen[0])
+    chosen = {_choose(None, x, w) for w in weights}
+    return _module(next(name for name in ("xla", "triton", "mosaic") if name in chosen))
 
 
 def _module(name: str) -> ModuleType:

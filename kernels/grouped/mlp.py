@@ -83,6 +83,8 @@ def grouped_lora_mlp(
 def _why_not(x, gate, up, down, activation, clamp) -> str | None:
     from lora_jax.kernels.grouped import triton_gated
 
+    if x.dtype != jnp.bfloat16:
+        return f"it computes in bfloat16, x is {x.dtype}"
     if clamp is None and activation not in triton_gated.ACTIVATIONS:
         return f"its activations are {', '.join(triton_gated.ACTIVATIONS)}, not {activation}"
     for name, p in (("gate", gate), ("up", up), ("down", down)):
