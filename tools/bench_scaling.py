@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.plan import MEMORY_FRACTION
-from lora_jax.tools.bench_step import SHAPES, abstract_model, environment, random_weights, token_ids
+from lora_jax.tools.bench_step import SHAPES, abstract_model, environment, hf_config, random_weights, token_ids
 
 # What fits one device of 80 GB too, so that efficiency compares the same work.
 REMAT = {"llama3.3-70b": "full"}
@@ -258,7 +258,7 @@ def work(args: argparse.Namespace, jobs: list[Job]) -> None:
     if args.layers:
         shape["num_hidden_layers"] = args.layers
     say(None, environment=environment())
-    model = lora_jax.get_peft_model(abstract_model(shape), r=args.rank, verbose=False)
+    model = lora_jax.get_peft_model(abstract_model(hf_config(shape)), r=args.rank, verbose=False)
     optimizer, _ = make_optimizer(lora_jax.SFTConfig(output_dir="unused", learning_rate=2e-4), 1000)
     threads = max(1, min(len(jobs), args.compile_threads or (os.cpu_count() or 1) // 4))
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:

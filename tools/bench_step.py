@@ -52,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def hf_config(shape: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a shape."""
+    """config.json of one of SHAPES."""
     architecture = shape.get("architectures", ["LlamaForCausalLM"])
     model_type = architecture[0].removesuffix("ForCausalLM").lower()
     common = {"architectures": architecture, "model_type": model_type, "hidden_act": "silu", "rms_norm_eps": 1e-5}
@@ -66,8 +66,14 @@ def token_ids(batch: int, length: int, vocabulary: int):
     return np.random.default_rng(1).integers(0, vocabulary, (batch, length))
 
 
-def abstract_model(shape: dict[str, Any], *, nf4: bool = True, dtype: str = "bfloat16") -> "CausalLM":
-    """A `CausalLM` of shapes alone; the linear layers of its blocks in double-quantised NF4 if `nf4`."""
+def abstract_model(hf: dict[str, Any], *, nf4: bool = True, dtype: str = "bfloat16") -> "CausalLM":
+    """A `CausalLM` of arrays' shapes alone; the linear layers of its blocks in double-quantised NF4 if `nf4`.
+
+    Args:
+      hf: config.json of the model.
+      nf4: see above.
+      dtype: of the other weights.
+    """
     import jax.numpy as jnp
 
     from lora_jax.kernels.nf4.format import NF4Weight
@@ -75,7 +81,6 @@ def abstract_model(shape: dict[str, Any], *, nf4: bool = True, dtype: str = "bfl
     from lora_jax.models.decoder import Decoder
     from lora_jax.models.registry import config_from_hf
 
-    hf = hf_config(shape)
     module = Decoder(config_from_hf(hf), jnp.dtype(dtype))
     for _, _, part in module.block_linears() if nf4 else ():
         part.weight.set_value(NF4Weight.abstract(part.weight.get_value().shape, True))
@@ -126,7 +131,7 @@ def random_model(
 
     from lora_jax.models.streamed import make_room, pin
 
-    model = abstract_model(shape, nf4=nf4)
+    model = abstract_model(hf_config(shape), nf4=nf4)
     if offload_layers:
         make_room(model.module)
         drawn = np.random.default_rng(0).integers(0, 256, 2**26 + 1, np.uint8)
@@ -184,7 +189,7 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     if args.memory_limit:
         lora_jax.limit_memory(args.memory_limit)
     if args.compile_only:
-        model = abstract_model(shape, nf4=not args.bf16)
+        model = abstract_model(hf_config(shape), nf4=not args.bf16)
     elif args.checkpoint:
         model, _ = lora_jax.from_pretrained(args.checkpoint, progress=False)
     else:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from lora_jax.tools.bench_step import SHAPES, abstract_model, environment, random_weights, token_ids
+from lora_jax.tools.bench_step import SHAPES, abstract_model, environment, hf_config, random_weights, token_ids
 
 STEPS, WARM_UP = 200, 20
 ROWS, LENGTH = 2, 128  # of a step
@@ -105,7 +105,7 @@ def gradients_of_shape(name: str, tokens: int) -> list[dict[str, Any]]:
 
     from lora_jax import get_peft_model
 
-    model = abstract_model(SHAPES[name], dtype="float32")
+    model = abstract_model(hf_config(SHAPES[name]), dtype="float32")
     draw = functools.partial(random_weights, nnx.state(model.module), model.config.hidden_size)
     nnx.update(model.module, jax.jit(draw)())
     get_peft_model(model, r=16, lora_alpha=16, random_state=0, verbose=False)

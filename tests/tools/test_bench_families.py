@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lora_jax import LoraConfig
 from lora_jax.models.moe import MoE
 from lora_jax.models.registry import config_from_hf
+from lora_jax.plan import of_config
 from lora_jax.tools import bench_families
 from lora_jax.tools.bench_step import abstract_model, random_weights, token_ids
 from lora_jax.tools.published import PUBLISHED
@@ -47,6 +49,15 @@ def test_parameters_that_a_token_meets():
     embedding, norms, routers, experts = 32000 * 4096, 65 * 4096, 32 * 8 * 4096, 32 * 6 * 3 * 4096 * 14336
     assert of("Mixtral-8x7B") == PUBLISHED["Mixtral-8x7B"][1] - embedding - norms - routers - experts
     assert all(name in PUBLISHED for name in bench_families.MODELS)
+
+
+@pytest.mark.parametrize("name", ["gemma-2-9b", "SmolLM3-3B", "Llama-3.2-1B"])  # tied, by the class or by the file
+def test_models_are_those_of_their_files(name):
+    hf = PUBLISHED[name][0]
+    module = abstract_model(hf).module
+    assert module.config == config_from_hf(hf)
+    held = sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(nnx.state(module)))
+    assert held == of_config(hf, LoraConfig(), 1, 128).weights
 
 
 def test_tokens_spread_over_experts_as_in_trained_models(monkeypatch):
