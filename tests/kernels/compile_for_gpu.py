@@ -58,9 +58,16 @@ def _adapter_last(f):
     return lambda x, w, sizes, thin, b: f(x, w, sizes, thin=thin, b=b)
 
 
+def _gated(*args, clamp):
+    from lora_jax.kernels.grouped import triton_gated
+
+    bias = args[6] if len(args) > 6 else None
+    return triton_gated.backward(*args[:6], bias, activation="gelu_tanh", clamp=clamp)
+
+
 def grouped(capability: str) -> Iterator[Program]:
     """Every tile of the grouped matmul's table, both directions."""
-    from lora_jax.kernels.grouped import mosaic, triton
+    from lora_jax.kernels.grouped import mosaic, rows, triton
 
     m, e, n, k, r = 300, 4, 384, 256, 16
     sizes = shape(e, dtype=jnp.int32)
@@ -87,6 +94,12 @@ def grouped(capability: str) -> Iterator[Program]:
         weight = NF4Weight.abstract((e, n, k), double)
         adapter = (shape(7, r), shape(e, r, n)) if double else ()
         yield f"grouped few_rows double={double}", triton.few_rows, (shape(7, k), weight, sizes, *adapter)
+    yield "take_rows", rows.take_rows, (shape(m, k), shape(2 * m, dtype=jnp.int32))
+    for clamp, bias in ((None, ()), ((1.702, 7.0), (shape(e, 2 * n),))):
+        f = functools.partial(_gated, clamp=clamp)
+        floats = shape(m, dtype=jnp.float32)
+        args = shape(m, 2 * n), shape(m, n), floats, sizes, shape(m, 2 * r), shape(m, r), *bias
+        yield f"grouped gated backward clamp={clamp}", f, args
     index = shape(dtype=jnp.int32)
     layer = NF4Layer(NF4Weight.abstract((3, e, n, k), True), index)  # pyright: ignore[reportArgumentType]
     yield "grouped few_rows of a layer", triton.few_rows, (shape(7, k), layer, sizes)
