@@ -71,10 +71,8 @@ def take_rows(x: jax.Array, index: jax.Array, *, implementation: str | None = No
     n, d = index.shape[0], x.shape[1]
     return pl.pallas_call(
         _take_rows,
-        grid=(
-            pl.cdiv(n, _ROWS),
-            pl.cdiv(d, _COLS),
-        ),  # all rows of some columns, which stay in the L2 cache, then others
+        # All rows of some columns, which stay in the L2 cache, then others.
+        grid=(pl.cdiv(n, _ROWS), pl.cdiv(d, _COLS)),
         out_shape=jax.ShapeDtypeStruct((n, d), x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=dispatch.interpret(),
