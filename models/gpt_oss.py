@@ -1,6 +1,6 @@
 """gpt-oss-20b and -120b: many experts, a window in every other layer, and a sink for the attention of every head.
 
-Router, experts and attention have biases; experts clamp gate and up (`moe.clamped_swiglu`). The published experts are
+Router, experts and attention have biases; experts clamp gate and up (`clamped_swiglu`). The published experts are
 in MXFP4, and are read into 16 bits or NF4 as those of any other model.
 """
 

@@ -8,7 +8,7 @@ Routers are frozen unless they are asked for. `RouterLoad` has the loss that kee
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 from lora_jax.kernels import parallel
 from lora_jax.kernels.grouped import grouped_lora_mlp
 from lora_jax.kernels.grouped.rows import rows_of_pairs, sums_of_pairs
-from lora_jax.kernels.nf4.shared_input import Projection
 from lora_jax.models.linear import Linear, value
 
 if TYPE_CHECKING:
@@ -99,11 +98,6 @@ class ExpertLinear(Linear):
         super().__init__(k, n, lead=(*lead, experts), dtype=dtype, bias=bias)
         self.experts = experts
 
-    def projection(self, dropout_key: jax.Array | None = None) -> Projection:
-        """Weight, adapter and bias, as the kernels take them; no dropout without a key."""
-        w, a, b, bias = (value(v) for v in (self.weight, self.lora_a, self.lora_b, self.bias))
-        return Projection(w, a, b, self.scale, bias, dropout_rate=self.dropout, dropout_key=dropout_key)
-
 
 class Experts(nnx.Module):
     """The MLPs, down(activation(gate(x)) * up(x))."""
@@ -135,9 +129,10 @@ class Experts(nnx.Module):
         """
         layers = (getattr(self, name) for name in self.names)
         gate, up, down = (layer.projection(key) for layer, key in zip(layers, dropout_keys, strict=True))
-        down = down._replace(bias=None)
-        how: Any = {"activation": self.activation, "clamp": self.clamp}
-        return grouped_lora_mlp(rows, gate, up, down, group_sizes, weights, **how)
+        down = down._replace(bias=None)  # see `bias`
+        return grouped_lora_mlp(
+            rows, gate, up, down, group_sizes, weights, activation=self.activation, clamp=self.clamp
+        )
 
     def bias(self, weights: jax.Array, chosen: jax.Array) -> jax.Array | float:
         """What biases of down add to tokens that go to experts [M, k] with weights [M, k]: float32 [M, D]."""

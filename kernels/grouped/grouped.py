@@ -21,7 +21,6 @@ __all__ = [
     "block_diagonal",
     "grouped_lora_matmul",
     "grouped_lora_matmuls",
-    "has_dropout",
     "kernel_rank",
     "module",
     "padded",
@@ -87,8 +86,7 @@ def grouped_lora_matmul(
         return jnp.zeros((0, n), x.dtype)
     if a is None or b is None:
         return _base(x, w, group_sizes, name)
-    pad = 0 if name == "xla" else kernel_rank(a.shape[2]) - a.shape[2]  # zeros that change nothing
-    a, b = jnp.pad(a, ((0, 0), (0, 0), (0, pad))), jnp.pad(b, ((0, 0), (0, pad), (0, 0)))
+    a, b = (a, b) if name == "xla" else padded(a, b)
     return _lora(x, w, group_sizes, a, b, dropout_key if dropout_rate else None, float(scale), dropout_rate, name)
 
 
@@ -111,29 +109,29 @@ def grouped_lora_matmuls(
     """
     joined: Any = Joined(tuple(p.w for p in projections))  # pyright: ignore[reportArgumentType]
     if why_not_joined(x, projections) is not None or _choose(implementation, x, joined) == "xla":
-        how = [{"implementation": implementation, **_dropout(p)} for p in projections]
         return [
-            grouped_lora_matmul(x, p.w, group_sizes, p.a, p.b, p.scale, **more)
-            for p, more in zip(projections, how, strict=True)
+            grouped_lora_matmul(
+                x,
+                p.w,
+                group_sizes,
+                p.a,
+                p.b,
+                p.scale,
+                dropout_rate=p.dropout_rate,
+                dropout_key=p.dropout_key,
+                implementation=implementation,
+            )
+            for p in projections
         ]
-    if projections[0].a is None:
+    factors = [padded(p.a, p.b) for p in projections if p.a is not None and p.b is not None]
+    if not factors:
         y = grouped_lora_matmul(x, joined, group_sizes, implementation=implementation)
     else:
-        factors = [padded(p) for p in projections]
         a = jnp.concatenate([a for a, _ in factors], axis=2)
         b = [p.scale * b for p, (_, b) in zip(projections, factors, strict=True)]
         y = grouped_lora_matmul(x, joined, group_sizes, a, block_diagonal(b), implementation=implementation)
     ends = np.cumsum([p.w.shape[1] for p in projections])
     return jnp.split(y, ends[:-1], axis=1)
-
-
-def _dropout(p: Projection) -> dict[str, Any]:
-    return {"dropout_rate": p.dropout_rate, "dropout_key": p.dropout_key} if has_dropout(p) else {}
-
-
-def has_dropout(p: Projection) -> bool:
-    """Whether inputs of the adapter are dropped in this call."""
-    return bool(p.dropout_rate) and p.dropout_key is not None
 
 
 def why_not_joined(x: jax.Array, projections: Sequence[Projection]) -> str | None:
@@ -145,7 +143,7 @@ def why_not_joined(x: jax.Array, projections: Sequence[Projection]) -> str | Non
     for p in projections:
         if not isinstance(p.w, NF4Weight | NF4Layer):
             return "the weights are not all NF4"
-        if has_dropout(p):
+        if p.dropout_rate:
             return "an adapter has dropout"
     experts, adapters = projections[0].w.shape[0], [p.a for p in projections if p.a is not None]
     if 0 < len(adapters) < len(projections):
@@ -166,10 +164,8 @@ def block_diagonal(parts: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate(rows, axis=1)
 
 
-def padded(p: Projection) -> tuple[jax.Array, jax.Array]:
-    """The factors of a layer that has them, with zeros up to a rank that the kernels work with."""
-    a: Any = p.a
-    b: Any = p.b
+def padded(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """LoRA factors with zeros, which change nothing, up to a rank that the kernels work with."""
     pad = (0, kernel_rank(a.shape[2]) - a.shape[2])
     return jnp.pad(a, ((0, 0), (0, 0), pad)), jnp.pad(b, ((0, 0), pad, (0, 0)))
 

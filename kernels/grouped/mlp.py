@@ -10,7 +10,6 @@ from lora_jax.kernels.dispatch import on_gpu, resolve
 from lora_jax.kernels.grouped.grouped import (
     block_diagonal,
     grouped_lora_matmuls,
-    has_dropout,
     kernel_rank,
     module,
     padded,
@@ -74,7 +73,7 @@ def grouped_lora_mlp(
         )
         return grouped_lora_matmuls(_gated(g, u, weights, activation, clamp), [down], group_sizes)[0]
     scales = tuple(float(p.scale) for p in (gate, up, down))
-    factors = tuple(padded(p) for p in (gate, up, down))
+    factors = tuple(padded(p.a, p.b) for p in (gate, up, down))  # pyright: ignore[reportArgumentType]
     bias = None if gate.bias is None or up.bias is None else jnp.concatenate([gate.bias, up.bias], axis=1)
     frozen = Joined((gate.w, up.w)), down.w, bias  # pyright: ignore[reportArgumentType]
     return _mlp(x, weights, group_sizes, frozen, factors, scales, activation, clamp)
@@ -90,7 +89,7 @@ def _why_not(x, gate, up, down, activation, clamp) -> str | None:
     for name, p in (("gate", gate), ("up", up), ("down", down)):
         if p.a is None or p.b is None:
             return f"{name} has no adapter"
-        if has_dropout(p):
+        if p.dropout_rate:
             return f"{name}'s adapter has dropout"
         if kernel_rank(p.a.shape[2]) > triton_gated.MAX_RANK:
             return f"{name} has rank {p.a.shape[2]}, at most {triton_gated.MAX_RANK} is possible"

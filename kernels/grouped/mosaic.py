@@ -62,7 +62,7 @@ def why_not(x: jax.Array, w: jax.Array | NF4Weight | NF4Layer | Joined) -> str |
     """Why this kernel cannot serve x [M, K] and w [E, N, K], or None."""
     if (reason := why_not_hopper()) is not None:
         return reason
-    if any(n % 64 or choose_tile(n) is None for n in w.shape[1:]):
+    if any(choose_tile(n) is None for n in w.shape[1:]):
         return f"N and K must be multiples of 128 or 192, got [E, N, K] = {w.shape}"
     return triton.why_not(x, w)
 

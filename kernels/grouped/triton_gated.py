@@ -57,7 +57,7 @@ def backward(
       dthin: products of the output's gradient with down's B [M, S].
       bias: of gate and up side by side [E, 2 F], or None.
       activation: of ACTIVATIONS; not looked at where there is a clamp.
-      clamp: (alpha, limit) of gpt-oss's activation (see `lora_jax.models.moe.clamped_swiglu`).
+      clamp: (alpha, limit) of gpt-oss's activation (see `clamped_swiglu` in mlp.py).
       block, cols: rows and columns of a tile.
       warps, stages: of a program, and of its pipeline of loads.
 
@@ -173,14 +173,14 @@ def _add_rows(x_ref, start_ref, end_ref, out_ref, *, cols):
 
 def _activation(gate, up, activation, clamp):
     """(act(gate), its derivative, the factor that up is, whether up's gradient passes)."""
+    passes = inside_up = True
     if clamp is None:
         z, slope = ACTIVATIONS[activation]
-        of = sigmoid(z(gate))
-        act = gate * of
-        return act, of * (1 + (gate - act) * slope(gate)), up, True
-    alpha, limit = clamp
-    passes, inside_up = gate <= limit, jnp.abs(up) <= limit
-    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit) + 1
-    of = sigmoid(alpha * gate)
-    act = gate * of
-    return act, jnp.where(passes, of * (1 + alpha * (gate - act)), 0.0), up, inside_up
+    else:
+        alpha, limit = clamp
+        z, slope = lambda x: alpha * x, lambda x: alpha
+        passes, inside_up = gate <= limit, jnp.abs(up) <= limit
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit) + 1
+    of_gate = sigmoid(z(gate))
+    act = gate * of_gate
+    return act, jnp.where(passes, of_gate * (1 + (gate - act) * slope(gate)), 0.0), up, inside_up

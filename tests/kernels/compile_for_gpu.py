@@ -84,12 +84,10 @@ def grouped(capability: str) -> Iterator[Program]:
     if capability == "sm_90":
         for r in (16, 64):
             for n in (512, 384, 128):  # a tile each
-                f = functools.partial(mosaic.grouped_matmul, contract=1)
-                args = shape(m, k), shape(e, n, k), sizes, shape(m, r), shape(e, r, n)
-                yield f"grouped_matmul mosaic R={r} N={n}", _adapter_last(f), args
-                f = functools.partial(mosaic.grouped_matmul, contract=0)
-                args = shape(m, k), shape(e, k, n), sizes, shape(m, r), shape(e, r, n)
-                yield f"grouped_matmul mosaic transposed R={r} N={n}", _adapter_last(f), args
+                for contract, w in ((1, shape(e, n, k)), (0, shape(e, k, n))):
+                    f = functools.partial(mosaic.grouped_matmul, contract=contract)
+                    args = shape(m, k), w, sizes, shape(m, r), shape(e, r, n)
+                    yield f"grouped_matmul mosaic contract={contract} R={r} N={n}", _adapter_last(f), args
     for double in (False, True):
         weight = NF4Weight.abstract((e, n, k), double)
         adapter = (shape(7, r), shape(e, r, n)) if double else ()
