@@ -15,6 +15,7 @@ __all__ = [
     "compute_capability",
     "default_platform",
     "interpret",
+    "named",
     "on_gpu",
     "resolve",
     "sm_count",
@@ -113,6 +114,11 @@ def using(**implementations: str) -> Iterator[None]:
         _USING.reset(token)
 
 
+def named(op: str) -> str | None:
+    """The implementation that `using` names for an op, if it does."""
+    return (_USING.get() or {}).get(op)
+
+
 def resolve(op: str, implementation: str | None, supported: Mapping[str, Reason], preference: tuple[str, ...]) -> str:
     """Chooses the implementation of an op.
 
@@ -127,7 +133,7 @@ def resolve(op: str, implementation: str | None, supported: Mapping[str, Reason]
       ValueError: `implementation` is no known name.
       NotImplementedError: the named implementation cannot do this call; the message says why.
     """
-    implementation = implementation or (_USING.get() or {}).get(op)
+    implementation = implementation or named(op)
     if implementation is not None:
         if implementation not in supported:
             raise ValueError(f"{op}: implementation={implementation!r} is unknown; known are {', '.join(supported)}")

@@ -39,6 +39,8 @@ _MATMUL, _ATTENTION, _ELEMENTWISE, _COPY, _DECODE = 0.745, 0.45, 0.68, 0.88, 0.6
 _LONG_ATTENTION = 0.6  # with many keys
 _ATTENTION_BACKWARD = 2.0  # times as long as forward, less the one forward
 _OVERLAP = 0.97  # share of a layer's time in which copies are under way
+_LINK = 0.84  # of the rate between host and device, while kernels run; large copies reached 0.66 to 0.8
+_PAIR_PASSES = (4.0, 5.0, 2.0)  # over [M k, D] of tokens' pairs with experts: forward, backward, computing again
 _ROUNDING_PASSES = 4.0  # over a tensor kept in 8 bits: its largest values, its codes (half a pass more), decoding it
 
 
@@ -286,6 +288,9 @@ _MLP_ARRAYS, _MORE_WITH_DORA = 3.2, 4.0
 _MORE_FUSED = 3.5  # in 16 bits, where one weight makes gate and up: these and their gradients lie together and apart
 _HIDDEN_ARRAYS, _DECODED, _LAYOUTS = (6.25, 6.0), (2.65, 3.0), (0.0, 1.0)
 _LEAST_HIDDEN_ARRAYS, _LEAST_DECODED = 2.0, 1.0
+_MORE_IN_PARTS = 2.5  # of the hidden arrays, where feed-forward layers take rows in parts
+# Attention of such rows is cuDNN's, whose backward works with arrays that are counted only where there is a GPU.
+_LONG_ROW, _BACKWARD_OF_CUDNN = 16384, 4.0
 _DECODED_EXPERTS, _LEAST_DECODED_EXPERTS = (2.0, 3.0), 1.4
 _PAIR_ARRAYS = 3.5  # [M k, D] of the tokens' pairs with experts: inputs, outputs, and their gradients
 _LOSS_HIDDEN_ARRAYS = 3.0
@@ -345,6 +350,9 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
             missing = 0 if ALL in actions else len(_missing(actions)) / len(_BUNDLES)
             hidden = _LEAST_HIDDEN_ARRAYS + missing * (hidden - _LEAST_HIDDEN_ARRAYS)
             decoded = least + missing * (decoded - least)
+        if plan.mlp_rows is not None:  # the loop over parts has its input, output and their gradients whole
+            here += a * rows * (_MORE_IN_PARTS * w.hidden + w.k + w.v)
+            here += a * rows * _BACKWARD_OF_CUDNN * w.attention * _by_cudnn(work)
         here += a * _PAIR_ARRAYS * rows * w.pairs * w.hidden
         here += a * work.config.fused_qkv * rows * (w.q + w.k + w.v)  # together and apart
         here += a * (hidden * rows * w.hidden + decoded * w.experts * w.hidden * w.mlp)
@@ -364,6 +372,13 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         backward=int(gradients * work.adapters + workspace),
         host=host + work.streamed,
     )
+
+
+def _by_cudnn(work: Workload) -> bool:
+    """Whether attention is cuDNN's; see `kernels.attention`."""
+    from lora_jax.kernels.dispatch import named
+
+    return work.length >= _LONG_ROW and named("flash_attention") in (None, "cudnn")
 
 
 def _streamed(work: Workload, w: Widths) -> float:
@@ -477,6 +492,7 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
     of layers.
     """
     m, a, slow = work.tokens, work.itemsize, _ELEMENTWISE * card.bandwidth * 1e9
+    link = _LINK * card.host_bandwidth * 1e9
     forward = backward = again = copies = 0.0
     looped = _looped(work, plan)
     for layer, count, actions in _by_kind(work.config, plan.resolve(work.config.num_layers)):
@@ -486,11 +502,12 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
         light = m * a * (11 * w.hidden + 2 * w.q + 2 * w.attention + w.k + w.v + 3 * w.mlp) / slow
         # Of the adapters alone dA and dB: two passes over inputs and gradients of all linear layers.
         adapters = m * a * (4 * w.hidden + w.q + w.attention + w.k + w.v + 3 * w.mlp) / slow
-        ahead = sum(cost.values()) + light
-        back = sum(cost.values()) + _ATTENTION_BACKWARD * cost["attention"] + 1.75 * light + adapters
+        of_pairs = [passes * m * a * w.pairs * w.hidden / slow for passes in _PAIR_PASSES]
+        ahead = sum(cost.values()) + light + of_pairs[0]
+        back = sum(cost.values()) + _ATTENTION_BACKWARD * cost["attention"] + 1.75 * light + adapters + of_pairs[1]
         forward += count * ahead
         backward += count * back
-        fetch = _streamed(work, w) / (card.host_bandwidth * 1e9)
+        fetch = _streamed(work, w) / link
         if ALL in actions:
             if work.nf4 and not looped and not fetch:
                 backward -= count * _decode_seconds(card, _kept_weights(w))
@@ -501,11 +518,11 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
         parts = -(-m // _rows_at_once(work, plan, actions))
         anew = work.nf4 * (parts - 1) * _decode_seconds(card, 8 * w.experts * w.hidden * w.mlp)
         missing = _missing(actions)
-        anew += sum(cost[op] for op in missing) + light * (0.3 + 0.1 * len(missing))
+        anew += sum(cost[op] for op in missing) + light * (0.3 + 0.1 * len(missing)) + of_pairs[2]
         rounded = [size for name, size in work.named_bytes(layer).items() if actions.get(name) == "save_quantized"]
         anew += _ROUNDING_PASSES * sum(rounded) / slow
         again += count * anew
-        moved = [size / (card.host_bandwidth * 1e9) for name, size in sizes.items() if actions.get(name) == "offload"]
+        moved = [size / link for name, size in sizes.items() if actions.get(name) == "offload"]
         if looped:
             stacked = sum(size for name, size in sizes.items() if actions.get(name) in ("save", "save_quantized"))
             copies += count * 2 * (stacked / (_COPY * card.bandwidth * 1e9) + sum(moved) + fetch)
@@ -635,8 +652,8 @@ def _choose(work: Workload, card: Card, budget: int, mlp_rows: int | None, form:
     for names in _OFFLOADS:
         if not _whole(names, mlp_rows):
             continue
-        for share in _SHARES if names else (1.0,):
-            state = _state(layers, names, share)
+        for count in _counts(work, card, names):
+            state = _state(layers, names, count)
             if (plan := _filled(work, card, budget, mlp_rows, form, state)) is not None:
                 plans.append(plan)
     return min(plans, key=lambda plan: sum(seconds(work, plan, card).values()), default=None)
@@ -653,18 +670,26 @@ _OFFLOADS = [
     ("attention", "gate"),
     ("gate", "up"),
 ]
-_SHARES = (1.0, 0.75, 0.5, 0.25)  # of the layers that take part
 
 
-def _state(layers: int, names: tuple[str, ...], share: float) -> list[dict[str, str]]:
-    """The actions of every layer if a share of them, the first, sends these tensors to the host and keeps no other.
+def _counts(work: Workload, card: Card, names: tuple[str, ...]) -> list[int]:
+    """The numbers of layers that may well send these tensors to the host: shares of all, and as many as it holds."""
+    layers = work.config.num_layers
+    if not names:
+        return [layers]
+    sizes = [sum(work.named_bytes(layer)[name] for name in names) for layer in range(layers)]
+    held = int(max(0, card.host_memory - work.streamed) // max(sizes))
+    return sorted({min(held, layers), *(math.ceil(share * layers) for share in (1.0, 0.75, 0.5, 0.25))}, reverse=True)
 
-    Of two names with "input" it is the other that only a share sends.
+
+def _state(layers: int, names: tuple[str, ...], count: int) -> list[dict[str, str]]:
+    """The actions of every layer if `count` of them, the first, send these tensors to the host and keep no other.
+
+    Of two names with "input" it is the other that only so many layers send.
     """
     first = {"thin": "save", **dict.fromkeys(names, "offload")}
     first |= {"attention_lse": "save"} if "attention" in names else {}
     rest = {name: action for name, action in first.items() if name == "thin" or (name == "input" != names[-1])}
-    count = math.ceil(share * layers)
     return [first] * count + [rest] * (layers - count)
 
 
@@ -749,13 +774,13 @@ def _most(high: int, condition: Callable[[int], bool]) -> int:
 
 def least(work: Workload, card: Card) -> RematPlan:
     """The plan that needs least memory on the device."""
-    return min(_small(work), key=lambda plan: memory(work, plan, card).total)
+    return min(_small(work, card), key=lambda plan: memory(work, plan, card).total)
 
 
-def _small(work: Workload) -> list[RematPlan]:
+def _small(work: Workload, card: Card) -> list[RematPlan]:
     """Plans of which the one or the other needs least memory; part of the inputs may be too much for the host."""
     layers = work.config.num_layers
-    states = [_state(layers, ("input",), share) for share in (0.0, *_SHARES)]
+    states = [_state(layers, ("input",), count) for count in (0, *_counts(work, card, ("input",)))]
     return [_plan_of(state, rows) for state in states for rows in _mlp_rows(work)]
 
 
@@ -778,7 +803,7 @@ def largest(work: Workload, card: Card, budget: int, plan: RematPlan | None, fie
 
 
 def _fits(work: Workload, card: Card, budget: int, plan: RematPlan | None) -> bool:
-    plans = _small(work) if plan is None else [plan]
+    plans = _small(work, card) if plan is None else [plan]
     return any(fits(memory(work, one, card), budget, card) for one in plans)
 
 
