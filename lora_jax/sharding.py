@@ -13,12 +13,12 @@ everything else follows: where weights, adapters and optimizer state lie, and ho
 
 How a step runs. Loss and gradients are computed inside ONE `jax.shard_map` over the whole mesh, by the code of a single
 device on this device's share (`over_devices`); where devices have to meet it calls `lora_jax.kernels.parallel`. A
-layer's weights are gathered over "fsdp" at its start, as the packed 4-bit bytes they are stored in, and decoded here:
-0.26 of the bytes of bfloat16. That is inside what is computed again for backward, so that backward gathers again and
-nothing of full size is kept. Frozen weights have no gradient, so nothing is sent back. Second-level scales of double
-quantisation, one for 16,384 weights, are on every device, and count blocks of the whole weight. Tables of the
-vocabulary are never gathered: tokens travel to them. Gradients are then added up, once a step, and the optimizer runs
-outside the shard_map on global arrays, so that norms and blocks of 8-bit state are those of one device.
+layer's weights are gathered over "fsdp" as the packed 4-bit bytes they are stored in, 0.26 of the bytes of bfloat16,
+and decoded here: where layers are written out, while the layer before is at work, else at its start. Backward gathers
+again, so that nothing of full size is kept. Frozen weights have no gradient, so nothing is sent back. Second-level
+scales of double quantisation, one for 16,384 weights, are on every device, and count blocks of the whole weight. Tables
+of the vocabulary are never gathered: tokens travel to them. Gradients are then added up, once a step, and the optimizer
+runs outside the shard_map on global arrays, so that norms and blocks of 8-bit state are those of one device.
 
 So kernels and their custom_vjp see local arrays alone. The other way, a shard_map in every kernel, would repeat sizes
 and specs in every file, and transposing it would add collectives that nobody wrote.

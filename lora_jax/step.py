@@ -317,18 +317,21 @@ def _jitted(
         how |= {"compute_loss_func": compute_loss_func, "mesh": model.mesh}
         return train_step(lora, opt_state, frozen, batch, graph=graph, optimizer=optimizer, **how)
 
-    return jax.jit(step, donate_argnums=(0, 1), compiler_options=_compiler_options(plan, model.streams_layers))
+    return jax.jit(step, donate_argnums=(0, 1), compiler_options=_compiler_options(plan, model))
 
 
-def _compiler_options(plan: RematPlan, streams_layers: bool) -> dict[str, Any] | None:
+def _compiler_options(plan: RematPlan, model: "CausalLM") -> dict[str, Any] | None:
     if default_platform() != "gpu":
         return None
     # Matmuls by cuBLAS alone: a step of 8B is 1.2 % faster than with those that XLA would write in Triton, and compiles
     # in less time.
     options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
-    copies = max(list(dict(actions).values()).count("offload") for _, actions in plan.groups) + streams_layers
+    copies = max(list(dict(actions).values()).count("offload") for _, actions in plan.groups)
+    copies += model.streams_layers
     if copies > 2:  # which is how many XLA has under way at a time if nobody says; the step would wait for the others
         options["xla_gpu_experimental_parallel_async_compute_limit"] = 4
+    if model.mesh is not None and model.mesh.shape["fsdp"] > 1:  # one gather a layer, where 30 MB make several
+        options["xla_gpu_all_gather_combine_threshold_bytes"] = 2**30
     return options
 
 

@@ -598,9 +598,9 @@ def _run_stack(stack: Block, start: int, count: int, x: jax.Array, load, context
     if wrapper is None and (buffers or gathers):
         wrapper = parallel.keep_all_but_gathered
 
-    def layer(x, index, trained, weights=None, buffer=None):
+    def layer(x, index, trained, weights=None, buffer=None, whole=None):
         x = named(x, "input")
-        weights = _entries(frozen, index, buffer) if weights is None else weights
+        weights = _entries(frozen, index, buffer, whole) if weights is None else weights
         x, _, load = nnx.merge(graph, trained, weights)(x, context, stack.first + index, lambda k, v: (k, v, None))
         return x, load
 
@@ -613,7 +613,8 @@ def _run_stack(stack: Block, start: int, count: int, x: jax.Array, load, context
         entries = zip(*(jax.lax.split(leaf, (1,) * count) for leaf in stacks), strict=True)
         entries = [jax.tree.unflatten(tree, [leaf.squeeze(0) for leaf in entry]) for entry in entries]
         entries = entries or [jax.tree.unflatten(tree, [])] * count
-        x, more = _written_out(layer, wrapper, start, x, entries, buffers[start : start + count])
+        gather = functools.partial(_gathered, frozen) if gathers else None
+        x, more = _written_out(layer, wrapper, start, x, entries, buffers[start : start + count], gather)
         return x, load if more is None else load + more
     xs = (start + jnp.arange(count), part(trained))
     wrapped, xs = (layer, (*xs, part(frozen))) if wrapper is None else (wrapper(layer), xs)
@@ -626,71 +627,118 @@ def _run_stack(stack: Block, start: int, count: int, x: jax.Array, load, context
     return jax.lax.scan(body, (x, load), xs)[0]
 
 
-def _written_out(layer: Callable, wrapper: Callable | None, start: int, x: jax.Array, entries: Sequence, buffers):
+def _written_out(
+    layer: Callable,
+    wrapper: Callable | None,
+    start: int,
+    x: jax.Array,
+    entries: Sequence,
+    buffers: Sequence,
+    gather: Callable[[jax.Array], list] | None,
+):
     """Runs layers one after the other: (x, sum of their loads). `entries` are their trained leaves.
 
     The order of things is ours where the compiler would choose one that takes more memory or time: a layer's backward
     pass begins when that of the next is done, gradients of adapters included (the compiler would put these off, and
     keep what they are computed from, of all layers). What goes to the host has to be there when the layer after the
     next begins, and comes back while backward is at work on the next. So do weights in the host's memory, of which
-    there are `buffers`: a layer's are copied while the layer before it is at work, and again for backward.
+    there are `buffers`: a layer's are copied while the layer before it is at work, and again for backward. Weights that
+    devices share out, which `gather` makes whole for a layer by its number, travel at the same time.
     """
     layer = jax.jit(layer)  # traced once
     wrapped = layer if wrapper is None else wrapper(layer)
-    backward = jax.jit(lambda pullback, gradients: pullback(gradients))
     buffers = buffers or (None,) * len(entries)
+    last = len(entries) - 1
+    pullback_of: Any = None  # a function of the leaves that `forward` gives, and of the weights that it left out
 
     @jax.jit
-    def forward(x, i, leaves, buffer):
-        return jax.vjp(lambda x, leaves: wrapped(x, i, leaves, None, buffer), x, leaves)
+    def forward(x, i, leaves, buffer, whole):
+        nonlocal pullback_of
+        out, pullback = jax.vjp(lambda x, leaves: wrapped(x, i, leaves, None, buffer, whole), x, leaves)
+        kept, pullback_of = _without(pullback, whole)
+        return out, kept
+
+    @jax.jit
+    def backward(kept, whole, gradients):
+        return pullback_of(kept, whole)(gradients)
+
+    def gather_first(i: int):
+        return () if gather is None else gather(jnp.int32(start + i))
+
+    def gather_beside(x, whole, i: int):
+        """(x, whole, the weights of layer i, which are not asked for before x and `whole` are there)."""
+        if gather is None:
+            return x, whole, ()
+        x, whole, at = jax.lax.optimization_barrier((x, whole, jnp.int32(start + i)))
+        return x, whole, gather(at)
 
     def one_after_the_other(x, entries, run):
         """`run` for every layer, which gives x; the buffer of the next may be copied from when it begins."""
-        buffer = buffers[0]
+        buffer, whole, following = buffers[0], gather_first(0), ()
         for i, leaves in enumerate(entries):
-            x, following = _after(x, buffers[i + 1 : i + 2], on_host=True)
-            x = run(x, i, leaves, buffer)
-            buffer = following[0] if following else None
-        return x
+            x, buffers_ahead = _after(x, buffers[i + 1 : i + 2], on_host=True)
+            if i < last:
+                x, whole, following = gather_beside(x, whole, i + 1)
+            x = run(x, i, leaves, buffer, whole)
+            buffer = buffers_ahead[0] if buffers_ahead else None
+            if i < last:
+                whole = following
+        return x, whole
 
     def run(x, entries):
         loads = []
 
-        def ahead(x, i, leaves, buffer):
-            x, load = layer(x, jnp.int32(start + i), leaves, None, buffer)
+        def ahead(x, i, leaves, buffer, whole):
+            x, load = layer(x, jnp.int32(start + i), leaves, None, buffer, whole)
             loads.append(load)
             return x
 
-        return one_after_the_other(x, entries, ahead), _sum(loads)
+        return one_after_the_other(x, entries, ahead)[0], _sum(loads)
 
     def run_forward(x, entries):
         pullbacks, loads = [], []
 
-        def ahead(x, i, leaves, buffer):
-            (x, load), pullback = forward(x, jnp.int32(start + i), leaves, buffer)
+        def ahead(x, i, leaves, buffer, whole):
+            (x, load), pullback = forward(x, jnp.int32(start + i), leaves, buffer, whole)
             pullbacks.append(pullback)
             loads.append(load)
             if i:
                 x, pullbacks[i - 1] = _after(x, pullbacks[i - 1], on_host=True)
             return x
 
-        return (one_after_the_other(x, entries, ahead), _sum(loads)), pullbacks
+        x, whole = one_after_the_other(x, entries, ahead)
+        return (x, _sum(loads)), (pullbacks, whole)
 
-    def run_backward(pullbacks, gradients):
-        dx, dload = gradients
-        of_leaves = []
+    def run_backward(residuals, gradients):
+        (pullbacks, whole), (dx, dload) = residuals, gradients
+        of_leaves, following = [], ()
         for i in reversed(range(len(pullbacks))):
             if i:
                 dx, pullbacks[i - 1] = _after(dx, pullbacks[i - 1], on_host=True)
+                dx, whole, following = gather_beside(dx, whole, i - 1)
             if wrapper is not None:  # else the compiler would see that what is computed again was computed before
                 dx, pullbacks[i] = _after(dx, pullbacks[i], on_host=False)
-            dx, leaves = jax.lax.optimization_barrier(backward(pullbacks[i], (dx, dload)))
+            dx, leaves = jax.lax.optimization_barrier(backward(pullbacks[i], whole, (dx, dload)))
             of_leaves.append(leaves)
+            whole = following
         return dx, of_leaves[::-1]
 
     layers = jax.custom_vjp(run)
     layers.defvjp(run_forward, run_backward)
     return layers(x, entries)
+
+
+def _without(tree: Any, arrays: Any) -> tuple[list, Callable]:
+    """The leaves of a tree but for those arrays, and a function that makes the tree of these leaves and such arrays."""
+    leaves, treedef = jax.tree.flatten(tree)
+    number_of = {id(array): number for number, array in enumerate(jax.tree.leaves(arrays))}
+    numbers = [number_of.get(id(leaf)) for leaf in leaves]
+
+    def whole(kept: list, arrays: Any):
+        kept_leaves, given = iter(kept), jax.tree.leaves(arrays)
+        return treedef.unflatten([next(kept_leaves) if n is None else given[n] for n in numbers])
+
+    return [leaf for leaf, n in zip(leaves, numbers, strict=True) if n is None], whole
 
 
 def _buffers(frozen) -> tuple:
@@ -718,14 +766,24 @@ def _is_nf4(leaf) -> bool:
     return isinstance(leaf, NF4Weight | parallel.Shard)
 
 
-def _entries(frozen, index: jax.Array, buffer: jax.Array | None = None):
-    """Entry `index` of all that is stacked; `buffer` has those of its weights that are in the host's memory."""
+def _entries(frozen, index: jax.Array, buffer: jax.Array | None = None, whole: list | None = None):
+    """Entry `index` of all that is stacked.
+
+    `buffer` has those of its weights that are in the host's memory, `whole` those that devices share out.
+    """
     if buffer is not None:
         buffer = jax.device_put(buffer, jax.memory.Space.Device)
     leaves, treedef = jax.tree.flatten(frozen, is_leaf=_is_nf4)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, parallel.Shard)]
-    whole = dict(zip(places, parallel.gathered([leaves[i].entry(index) for i in places]), strict=True))
-    return treedef.unflatten([whole[i] if i in whole else _entry(leaf, index, buffer) for i, leaf in enumerate(leaves)])
+    shared = iter(whole or _gathered(frozen, index))
+    return treedef.unflatten(
+        [next(shared) if isinstance(leaf, parallel.Shard) else _entry(leaf, index, buffer) for leaf in leaves]
+    )
+
+
+def _gathered(frozen, index: jax.Array) -> list:
+    """Entry `index` of the weights that devices share out, whole; see `parallel.gathered`."""
+    leaves = jax.tree.leaves(frozen, is_leaf=_is_nf4)
+    return parallel.gathered([leaf.entry(index) for leaf in leaves if isinstance(leaf, parallel.Shard)])
 
 
 def _entry(leaf, index: jax.Array, buffer: jax.Array | None):

@@ -47,7 +47,8 @@ TOKENS, WIDTH, LAYERS, VOCAB = 8 * 64, 576, 2, 320
 # Of a layer's seven weights: (output features, input features), and which of them "tensor" divides by the output.
 WEIGHTS = [(128, 576), (64, 576), (64, 576), (576, 128), (128, 576), (128, 576), (576, 128)]
 PACKED = sum(n * k // 2 + n * k // 64 for n, k in WEIGHTS)  # bytes of a layer: codes, and codes of scales
-GATHERS = 2 * LAYERS  # forward and backward, codes and scales of all weights of a layer together
+# Forward and backward, codes and scales of every weight of a layer; on a GPU the compiler makes one of a layer's.
+GATHERS = 2 * LAYERS * 2 * len(WEIGHTS)
 
 
 def of_weights(found: list[list]) -> list[list]:
@@ -150,7 +151,7 @@ def test_models_settings_and_runs_are_equal_to_one_device(section, tmp_path, req
 
 
 def test_a_step_sends_a_quarter_of_the_bytes_and_keeps_nothing_whole(tmp_path):
-    two, four, wide = on_eight("large", tmp_path)
+    two, four, wide, two_written_out, four_written_out = on_eight("large", tmp_path)
     layer = sum(n * k // 2 + n * k // 64 for n, k in LLAMA)
     assert four["dtypes"] == ["u8"] and four["weights"] == pytest.approx(2 * 4 * layer * 7 / 8, rel=1e-6)
     # The same step with weights of 16 bits. The CPU's compiler sends bfloat16 as float32, so the rest, which is the
@@ -160,6 +161,7 @@ def test_a_step_sends_a_quarter_of_the_bytes_and_keeps_nothing_whole(tmp_path):
     assert four["weights"] + four["others"] <= 0.30 * (sixteen_bits + wide["others"])
     # Two more layers take the room of their inputs: nothing that was gathered is kept.
     assert four["temp"] - two["temp"] < layer / 4
+    assert four_written_out["temp"] - two_written_out["temp"] < layer / 4
     assert not four["whole"] and not four["logits"]
 
 
@@ -181,6 +183,20 @@ def lowered(model) -> str:
     ids = np.zeros((1, 4, 16), np.int32)
     batch = {"input_ids": ids, "labels": ids}
     return make_train_step(model, optimizer).lower(lora, optimizer.init(lora), frozen, batch).as_text()
+
+
+@pytest.mark.rotate
+@pytest.mark.parametrize("remat", ["selective", "none", "offload"])
+def test_weights_of_a_layer_travel_in_one_gather_while_the_layer_before_is_at_work(compile_for_gpus, remat):
+    """Compiled for four H100s: gathered into place, neither laid together before nor cut apart afterwards."""
+    (result,) = compile_for_gpus("sharding_for_gpu.py", remat)
+    layers, arrays = result["layers"], 2 * len(WEIGHTS)
+    # Forward, and backward all but the last layer's, which are still there.
+    assert [gather["arrays"] for gather in result["gathers"]] == [arrays] * (2 * layers - 1)
+    # The first has nothing to hide behind, and what comes back from the host is waited for before backward begins.
+    alone = [gather["matmuls_beside"] for gather in result["gathers"]].count(0)
+    assert alone <= 1 + (remat == "offload"), result
+    assert not result["copies"], result
 
 
 def test_one_device_runs_no_collective_code(model):

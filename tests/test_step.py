@@ -289,8 +289,10 @@ def test_more_than_two_copies_of_a_layer_are_let_run_at_once(monkeypatch):
     """XLA waits for the third otherwise."""
     limit = "xla_gpu_experimental_parallel_async_compute_limit"
     two, three = ({name: "offload" for name in names} for names in (("input", "gate"), ("input", "gate", "up")))
-    assert step_module._compiler_options(RematPlan(((None, three),)), False) is None  # on a CPU
+    model: Any = types.SimpleNamespace(streams_layers=False, mesh=None)
+    assert step_module._compiler_options(RematPlan(((None, three),)), model) is None  # on a CPU
     monkeypatch.setattr(step_module, "default_platform", lambda: "gpu")
     cases = ((((None, two),), False, False), (((1, two), (None, three)), False, True), (((None, two),), True, True))
     for groups, streams, more in cases:
-        assert (limit in step_module._compiler_options(RematPlan(groups), streams)) == more
+        model.streams_layers = streams
+        assert (limit in step_module._compiler_options(RematPlan(groups), model)) == more

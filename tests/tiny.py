@@ -76,12 +76,15 @@ def write_folder(
     return folder
 
 
-def write_random(folder: Path, hf: dict[str, Any], seed: int = 0) -> Path:
-    """Writes a model folder of any architecture without a tokenizer; weights are random, float32, norms around one."""
+def write_random(folder: Path, hf: dict[str, Any], seed: int = 0, scale: float = 1.5) -> Path:
+    """Writes a model folder of any architecture without a tokenizer; weights are random, float32, norms around one.
+
+    Linear layers multiply what they get by `scale`: the larger, the more layers amplify roundings.
+    """
     slots = Decoder(config_from_hf(hf), np.float32).slots()
     rng = np.random.default_rng(seed)
     noise = {name: rng.normal(size=slot.shape) for name, slot in slots.items()}
-    scaled = {n: 1 + 0.2 * x if "norm" in n else 1.5 * x / x.shape[-1] ** 0.5 for n, x in noise.items()}
+    scaled = {n: 1 + 0.2 * x if "norm" in n else scale * x / x.shape[-1] ** 0.5 for n, x in noise.items()}
     return write_folder(folder, hf, {n: np.float32(x) for n, x in scaled.items()}, tokenizer=False)
 
 

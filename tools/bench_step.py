@@ -224,10 +224,11 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     with using(**dict(pair.split("=") for pair in args.use)):
         planned = isinstance(step, PlannedStep)
         compiled = step.compile(*arguments) if planned else step.lower(*arguments).compile()
-    compile_s = time.perf_counter() - start
+        compile_s = time.perf_counter() - start
+        chosen = step.plans[ids.shape] if planned else RematPlan.of(remat)
+        work, card = plan.of_step(model, *arguments), this_card()
+        need = plan.memory(work, chosen, card)
     analysis = compiled.memory_analysis()
-    chosen = step.plans[ids.shape] if planned else RematPlan.of(remat)
-    work, card = plan.of_step(model, *arguments), this_card()
     if args.compile_only:
         held = {"argument_gib": analysis.argument_size_in_bytes / GIB, "temp_gib": analysis.temp_size_in_bytes / GIB}
         return {"model": args.model, "case": args.case, "plan": chosen.to_list(), "compile_s": compile_s, **held}
@@ -256,8 +257,8 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         "remat": args.remat_one,
         "plan": chosen.to_list(),
         "estimated_ms": 1e3 * sum(plan.seconds(work, chosen, card).values()),
-        "estimated_gib": plan.memory(work, chosen, card).total / GIB,
-        "host_gib": plan.memory(work, chosen, card).host / GIB,
+        "estimated_gib": need.total / GIB,
+        "host_gib": need.host / GIB,
         "least_layer_grad_norm": least,
         "base": "bf16" if args.bf16 else "nf4 (double-quantised)",
         "rank": args.rank,

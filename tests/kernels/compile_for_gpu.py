@@ -229,8 +229,8 @@ FAMILIES: dict[str, Callable[[str], Iterator[Program]]] = {
 }
 
 
-def target(capability: str) -> tuple[SingleDeviceSharding, AbstractMesh]:
-    """Sharding to put on the arguments, and the mesh to trace under, for a card of CARDS."""
+def devices(capability: str, count: int = 1) -> list[Any]:
+    """Cards of CARDS of one host."""
     card = CARDS[capability]
     major, minor = capability.removeprefix("sm_")
     config = f"""
@@ -245,7 +245,12 @@ def target(capability: str) -> tuple[SingleDeviceSharding, AbstractMesh]:
       }}
       platform_name: "CUDA" device_description_str: "{card.kind}"
       dnn_version_info {{ major: 9 minor: 10 patch: 0 }}"""
-    device = topologies.get_topology_desc("", "cuda", target_config=config, topology="1x1x1").devices[0]
+    return topologies.get_topology_desc("", "cuda", target_config=config, topology=f"1x1x{count}").devices
+
+
+def target(capability: str) -> tuple[SingleDeviceSharding, AbstractMesh]:
+    """Sharding to put on the arguments, and the mesh to trace under, for a card of CARDS."""
+    card, (device,) = CARDS[capability], devices(capability)
     abstract = AbstractDevice(device_kind=card.kind, num_cores=card.sms, platform="cuda")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=abstract)
     return SingleDeviceSharding(device), mesh
