@@ -649,18 +649,12 @@ def _written_out(
     wrapped = layer if wrapper is None else wrapper(layer)
     buffers = buffers or (None,) * len(entries)
     last = len(entries) - 1
-    pullback_of: Any = None  # a function of the leaves that `forward` gives, and of the weights that it left out
+    backward = jax.jit(lambda pullback, whole, gradients: pullback(whole)(gradients))
 
     @jax.jit
     def forward(x, i, leaves, buffer, whole):
-        nonlocal pullback_of
         out, pullback = jax.vjp(lambda x, leaves: wrapped(x, i, leaves, None, buffer, whole), x, leaves)
-        kept, pullback_of = _without(pullback, whole)
-        return out, kept
-
-    @jax.jit
-    def backward(kept, whole, gradients):
-        return pullback_of(kept, whole)(gradients)
+        return out, _without(pullback, whole)
 
     def gather_first(i: int):
         return () if gather is None else gather(jnp.int32(start + i))
@@ -728,17 +722,17 @@ def _written_out(
     return layers(x, entries)
 
 
-def _without(tree: Any, arrays: Any) -> tuple[list, Callable]:
-    """The leaves of a tree but for those arrays, and a function that makes the tree of these leaves and such arrays."""
+def _without(tree: Any, arrays: Any) -> jax.tree_util.Partial:
+    """A function that gives the tree for such arrays, and is a pytree of its leaves but for those."""
     leaves, treedef = jax.tree.flatten(tree)
     number_of = {id(array): number for number, array in enumerate(jax.tree.leaves(arrays))}
     numbers = [number_of.get(id(leaf)) for leaf in leaves]
 
     def whole(kept: list, arrays: Any):
-        kept_leaves, given = iter(kept), jax.tree.leaves(arrays)
-        return treedef.unflatten([next(kept_leaves) if n is None else given[n] for n in numbers])
+        others, given = iter(kept), jax.tree.leaves(arrays)
+        return treedef.unflatten([next(others) if n is None else given[n] for n in numbers])
 
-    return [leaf for leaf, n in zip(leaves, numbers, strict=True) if n is None], whole
+    return jax.tree_util.Partial(whole, [leaf for leaf, n in zip(leaves, numbers, strict=True) if n is None])
 
 
 def _buffers(frozen) -> tuple:
