@@ -656,9 +656,6 @@ def _written_out(
         out, pullback = jax.vjp(lambda x, leaves: wrapped(x, i, leaves, None, buffer, whole), x, leaves)
         return out, _without(pullback, whole)
 
-    def gather_first(i: int):
-        return () if gather is None else gather(jnp.int32(start + i))
-
     def gather_beside(x, whole, i: int):
         """(x, whole, the weights of layer i, which are not asked for before x and `whole` are there)."""
         if gather is None:
@@ -668,7 +665,7 @@ def _written_out(
 
     def one_after_the_other(x, entries, run):
         """`run` for every layer, which gives x; the buffer of the next may be copied from when it begins."""
-        buffer, whole, following = buffers[0], gather_first(0), ()
+        buffer, whole, following = buffers[0], () if gather is None else gather(jnp.int32(start)), ()
         for i, leaves in enumerate(entries):
             x, buffers_ahead = _after(x, buffers[i + 1 : i + 2], on_host=True)
             if i < last:
