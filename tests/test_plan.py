@@ -367,10 +367,11 @@ def test_a_loop_that_is_asked_for_is_planned():
 def test_long_rows_are_taken_in_parts_where_memory_is_short():
     work = eight_b(1, 32768)
     assert plan.choose(work, H100, 70 * GIB).mlp_rows is None
-    short = plan.choose(work, H100, 10 * GIB)
+    short = plan.choose(work, H100, 11 * GIB)
     assert short.mlp_rows == 8192
     whole = RematPlan(short.groups)
-    assert memory(work, whole, H100).total - memory(work, short, H100).total > GIB
+    # 2.1 GiB less of [M, F] arrays, and 1.75 GiB that the loop over parts and cuDNN's backward take.
+    assert memory(work, whole, H100).total - memory(work, short, H100).total > 0.4 * GIB
     assert sum(seconds(work, short, H100).values()) > sum(seconds(work, whole, H100).values())
     assert plan.choose(eight_b(), H100, 12 * GIB).mlp_rows is None
 
