@@ -289,8 +289,7 @@ _MORE_FUSED = 3.5  # in 16 bits, where one weight makes gate and up: these and t
 _HIDDEN_ARRAYS, _DECODED, _LAYOUTS = (6.25, 6.0), (2.65, 3.0), (0.0, 1.0)
 _LEAST_HIDDEN_ARRAYS, _LEAST_DECODED = 2.0, 1.0
 _MORE_IN_PARTS = 2.5  # of the hidden arrays, where feed-forward layers take rows in parts
-# Attention of such rows is cuDNN's, whose backward works with arrays that are counted only where there is a GPU.
-_LONG_ROW, _BACKWARD_OF_CUDNN = 16384, 4.0
+_BACKWARD_OF_CUDNN = 4.0  # [M, heads] arrays of attention's backward, which a compiler counts only where there is a GPU
 _DECODED_EXPERTS, _LEAST_DECODED_EXPERTS = (2.0, 3.0), 1.4
 _PAIR_ARRAYS = 3.5  # [M k, D] of the tokens' pairs with experts: inputs, outputs, and their gradients
 _LOSS_HIDDEN_ARRAYS = 3.0
@@ -376,9 +375,10 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
 
 def _by_cudnn(work: Workload) -> bool:
     """Whether attention is cuDNN's; see `kernels.attention`."""
+    from lora_jax.kernels.attention.attention import MANY_QUERIES
     from lora_jax.kernels.dispatch import named
 
-    return work.length >= _LONG_ROW and named("flash_attention") in (None, "cudnn")
+    return work.length >= MANY_QUERIES and named("flash_attention") in (None, "cudnn")
 
 
 def _streamed(work: Workload, w: Widths) -> float:

@@ -17,7 +17,7 @@ from lora_jax.kernels.parallel import index, size, to_heads, to_sequence
 
 __all__ = ["flash_attention"]
 
-_MANY_QUERIES = 16384
+MANY_QUERIES = 16384
 _FEW_QUERIES = 16  # below this the kernels, which share out blocks of queries, leave most of a GPU idle
 
 
@@ -134,7 +134,7 @@ def _preference(plain: bool, queries: int) -> tuple[str, ...]:
         return ("xla",)
     if not plain:
         return on_gpu("mosaic", "triton", "cudnn")
-    return on_gpu("cudnn", "mosaic", "triton") if queries >= _MANY_QUERIES else on_gpu("mosaic", "cudnn", "triton")
+    return on_gpu("cudnn", "mosaic", "triton") if queries >= MANY_QUERIES else on_gpu("mosaic", "cudnn", "triton")
 
 
 def _module(name: str) -> ModuleType:
