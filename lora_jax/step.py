@@ -332,6 +332,11 @@ def _compiler_options(plan: RematPlan, model: "CausalLM") -> dict[str, Any] | No
         options["xla_gpu_experimental_parallel_async_compute_limit"] = 4
     if model.mesh is not None and model.mesh.shape["fsdp"] > 1:  # one gather a layer, where 30 MB make several
         options["xla_gpu_all_gather_combine_threshold_bytes"] = 2**30
+        # A gather begins when it may, a whole layer ahead. XLA would begin it one matmul ahead: it takes NVLink for
+        # faster than it is, and a gather's kernel only begins when a matmul that fills the GPU has ended. With a limit
+        # of one collective at a time it would not begin early.
+        options["xla_gpu_experimental_collective_start_as_early_as_possible"] = True
+        options["xla_gpu_experimental_parallel_collective_overlap_limit"] = 2
     return options
 
 

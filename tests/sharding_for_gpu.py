@@ -1,8 +1,8 @@
 """Compiles a sharded step for four H100s that are not there: `python sharding_for_gpu.py selective`.
 
 Needs what kernels/compile_for_gpu.py needs (see there). Prints one line of JSON: how many layers the model has; for
-each gather of frozen weights, in the order of the program, how many arrays it brings and how many matmuls stand between
-its start and its end; and the operations that copy gathered weights.
+each gather of frozen weights, in the order of the program, how many arrays it brings, and how many matmuls and
+attention kernels stand between its start and its end; and the operations that copy gathered weights.
 """
 
 import json
@@ -40,12 +40,14 @@ def main() -> None:
     for line in compiled_step(sys.argv[1]).splitlines():
         if " all-gather-start(" in line and "u8[" in line:
             arrays = line.split(" all-gather-start(")[0].count("u8[") // 2  # what goes in, and what comes out
-            gathers.append({"arrays": arrays, "matmuls_beside": 0})
+            gathers.append({"arrays": arrays, "matmuls_beside": 0, "attention_beside": 0})
             under_way = True
         elif " all-gather-done(" in line and "u8[" in line:
             under_way = False
         elif under_way and "cublas" in line and " custom-call(" in line:
             gathers[-1]["matmuls_beside"] += 1
+        elif under_way and "mosaic_gpu" in line and " custom-call(" in line:
+            gathers[-1]["attention_beside"] += 1
         elif (match := COPY.search(line)) and int(match[1]) in (2048, 8192):  # rows of whole weights
             copies.append(line.split(" = ")[0].strip())
     print(json.dumps({"layers": LAYERS, "gathers": gathers, "copies": copies}))
