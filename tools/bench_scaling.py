@@ -384,7 +384,7 @@ def compare(rows: list[dict[str, Any]], count: int) -> None:
             row["norm_difference"] = abs(row["grad_norm"] / same[0]["grad_norm"] - 1)
         # Rows of a device as alone; where devices share rows ("context", "tensor") the rows of all of them.
         per_device = [other for other in alone if "ms" in other and other["case"].split("x")[1] == str(row["batch"][1])]
-        for other in sorted(per_device, key=lambda other: other["remat"] != row["remat"])[:1]:
+        for other in sorted(per_device, key=lambda o: (o["remat"] != row["remat"], o["case"] != row["case"]))[:1]:
             if "ms" in row and row["devices"] > 1:
                 row["efficiency"] = row["tokens_per_s"] / row["devices"] / other["tokens_per_s"]
 

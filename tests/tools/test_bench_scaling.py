@@ -47,6 +47,14 @@ def test_efficiency_and_losses_are_those_of_one_device():
     assert rows[0]["loss_difference"] == pytest.approx(0.04 / 4.04)
     assert rows[0]["norm_difference"] == pytest.approx(0.05 / 1.05)
     assert "MORE THAN" in line_of(rows[0]) and "efficiency" not in line_of(rows[1])
+    # One device did half a device's rows of the next: its own case comes first.
+    both = [
+        row("data=1", 1, [2, 64], [6.0, 5.0], ms=10.0, tokens_per_s=20.0),
+        row("data=2", 2, [8, 64], [5.0, 4.0], case="4x64", ms=10.0, tokens_per_s=45.0),
+        row("data=1", 1, [4, 64], [5.0, 4.0], case="4x64", ms=10.0, tokens_per_s=25.0),
+    ]
+    compare(both, 20)
+    assert both[1]["efficiency"] == pytest.approx(0.9)
 
 
 SAYS = """
