@@ -38,6 +38,7 @@ MOST_WRITTEN_OUT = 48  # layers that a step writes out instead of looping over t
 _MATMUL, _ATTENTION, _ELEMENTWISE, _COPY, _DECODE = 0.745, 0.45, 0.68, 0.88, 0.68
 _LONG_ATTENTION = 0.6  # with many keys
 _ATTENTION_BACKWARD = 2.0  # times as long as forward, less the one forward
+_MOSAIC = 1.11  # times what cuDNN takes for attention on a long row, see kernels/attention/attention.py
 _OVERLAP = 0.97  # share of a layer's time in which copies are under way
 _LINK = 0.84  # of the rate between host and device, while kernels run; large copies reached 0.66 to 0.8
 _PAIR_PASSES = (4.0, 5.0, 2.0)  # over [M k, D] of tokens' pairs with experts: forward, backward, computing again
@@ -351,7 +352,7 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
             decoded = least + missing * (decoded - least)
         if plan.mlp_rows is not None:  # the loop over parts has its input, output and their gradients whole
             here += a * rows * (_MORE_IN_PARTS * w.hidden + w.k + w.v)
-            here += a * rows * _BACKWARD_OF_CUDNN * w.attention * _by_cudnn(work)
+            here += a * rows * _BACKWARD_OF_CUDNN * w.attention * _by_cudnn(work, plan.flash_attention)
         here += a * _PAIR_ARRAYS * rows * w.pairs * w.hidden
         here += a * work.config.fused_qkv * rows * (w.q + w.k + w.v)  # together and apart
         here += a * (hidden * rows * w.hidden + decoded * w.experts * w.hidden * w.mlp)
@@ -373,12 +374,12 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
     )
 
 
-def _by_cudnn(work: Workload) -> bool:
-    """Whether attention is cuDNN's; see `kernels.attention`."""
+def _by_cudnn(work: Workload, implementation: str | None) -> bool:
+    """Whether attention is cuDNN's, if a plan names this implementation; see `kernels.attention`."""
     from lora_jax.kernels.attention.attention import MANY_QUERIES
     from lora_jax.kernels.dispatch import named
 
-    return work.length >= MANY_QUERIES and named("flash_attention") in (None, "cudnn")
+    return work.length >= MANY_QUERIES and (implementation or named("flash_attention")) in (None, "cudnn")
 
 
 def _streamed(work: Workload, w: Widths) -> float:
@@ -498,6 +499,7 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
     for layer, count, actions in _by_kind(work.config, plan.resolve(work.config.num_layers)):
         w, sizes = layer_widths(work.config, layer), work.kept_bytes(layer, actions)
         cost = _layer_seconds(work, card, layer)
+        cost["attention"] *= _MOSAIC if plan.flash_attention == "mosaic" else 1
         # Bytes of norms, rotations, activation, residual additions and adapters, read and written, forward.
         light = m * a * (11 * w.hidden + 2 * w.q + 2 * w.attention + w.k + w.v + 3 * w.mlp) / slow
         # Of the adapters alone dA and dB: two passes over inputs and gradients of all linear layers.
@@ -630,19 +632,39 @@ def choose(work: Workload, card: Card, budget: int, *, quantized_activations: bo
       MemoryError: no plan fits; the message names a batch and a length that do.
     """
     forms = ("save", "save_quantized") if quantized_activations else ("save",)
-    plans = [plan for form in forms for rows in _mlp_rows(work) if (plan := _choose(work, card, budget, rows, form))]
+    parts = _parts(work, card)
+    plans = [plan for form in forms for one in parts if (plan := _choose(work, card, budget, one, form))]
     if not plans:
         raise MemoryError(explain(work, card, budget))
     return min(plans, key=lambda plan: sum(seconds(work, plan, card).values()))
 
 
-def _mlp_rows(work: Workload) -> list[int | None]:
-    """The numbers of tokens that a feed-forward layer may well compute at a time; fewer cost too much decoding."""
-    return [None, *(rows for rows in (8192, 4096) if work.tokens > rows)]
+class _Parts(NamedTuple):
+    """What makes the working set of a layer smaller, and the step slower."""
+
+    mlp_rows: int | None = None
+    flash_attention: str | None = None
 
 
-def _choose(work: Workload, card: Card, budget: int, mlp_rows: int | None, form: str) -> RematPlan | None:
-    """The fastest plan with these rows of the feed-forward layers, or None if none fits.
+def _parts(work: Workload, card: Card) -> list[_Parts]:
+    """The ways that may be worth it: with fewer rows at a time decoding costs too much."""
+    from lora_jax.kernels.dispatch import named
+
+    ways = [_Parts(), *(_Parts(rows) for rows in (8192, 4096) if work.tokens > rows)]
+    if _by_cudnn(work, None) and named("flash_attention") is None and _mosaic_does(work, card):
+        ways += [way._replace(flash_attention="mosaic") for way in ways if way.mlp_rows is not None]
+    return ways
+
+
+def _mosaic_does(work: Workload, card: Card) -> bool:
+    """Whether Mosaic's attention can take this model's; see kernels/attention/mosaic.py."""
+    c = work.config
+    odd = c.softcap is not None or c.sinks or c.mla is not None or work.itemsize != 2 or work.row_devices > 1
+    return card.hopper and c.head_dim in (64, 128) and not odd
+
+
+def _choose(work: Workload, card: Card, budget: int, parts: _Parts, form: str) -> RematPlan | None:
+    """The fastest plan that works in these parts, or None if none fits.
 
     For every choice of what goes to the host: from there on greedily, what saves most seconds for its bytes is kept for
     as many layers as fit, then the next.
@@ -650,11 +672,11 @@ def _choose(work: Workload, card: Card, budget: int, mlp_rows: int | None, form:
     layers = work.config.num_layers
     plans = []
     for names in _OFFLOADS:
-        if not _whole(names, mlp_rows):
+        if not _whole(names, parts):
             continue
         for count in _counts(work, card, names):
             state = _state(layers, names, count)
-            if (plan := _filled(work, card, budget, mlp_rows, form, state)) is not None:
+            if (plan := _filled(work, card, budget, parts, form, state)) is not None:
                 plans.append(plan)
     return min(plans, key=lambda plan: sum(seconds(work, plan, card).values()), default=None)
 
@@ -693,18 +715,18 @@ def _state(layers: int, names: tuple[str, ...], count: int) -> list[dict[str, st
     return [first] * count + [rest] * (layers - count)
 
 
-def _whole(names: tuple[str, ...], mlp_rows: int | None) -> bool:
+def _whole(names: tuple[str, ...], parts: _Parts) -> bool:
     """Whether these tensors exist whole at some time: with `mlp_rows` gate and up are made in parts."""
-    return mlp_rows is None or not {"gate", "up"} & set(names)
+    return parts.mlp_rows is None or not {"gate", "up"} & set(names)
 
 
-def _plan_of(state: list[dict[str, str]], mlp_rows: int | None) -> RematPlan:
+def _plan_of(state: list[dict[str, str]], parts: _Parts) -> RematPlan:
     groups = [(len(list(run)), actions) for actions, run in itertools.groupby(state)]
-    return RematPlan((*groups[:-1], (None, groups[-1][1])), mlp_rows)
+    return RematPlan((*groups[:-1], (None, groups[-1][1])), *parts)
 
 
 def _filled(
-    work: Workload, card: Card, budget: int, mlp_rows: int | None, form: str, state: list[dict[str, str]]
+    work: Workload, card: Card, budget: int, parts: _Parts, form: str, state: list[dict[str, str]]
 ) -> RematPlan | None:
     """The plan with these actions of layers, and with what else fits kept on the device; None if it does not fit.
 
@@ -714,7 +736,7 @@ def _filled(
     layers = len(state)
 
     def plan(state) -> RematPlan:
-        return _plan_of(state, mlp_rows)
+        return _plan_of(state, parts)
 
     def time(state) -> float:
         return sum(seconds(work, plan(state), card).values())
@@ -739,7 +761,7 @@ def _filled(
     def held(state) -> int:
         return sum(memory(work, plan(state), card).kept.values())
 
-    bundles = [names for names in _BUNDLES if _whole(names, mlp_rows)]
+    bundles = [names for names in _BUNDLES if _whole(names, parts)]
     if state[0].get("input") == "offload":  # to keep it costs memory, and spares copies
         bundles.append(("input",))
     while bundles:
@@ -781,7 +803,7 @@ def _small(work: Workload, card: Card) -> list[RematPlan]:
     """Plans of which the one or the other needs least memory; part of the inputs may be too much for the host."""
     layers = work.config.num_layers
     states = [_state(layers, ("input",), count) for count in (0, *_counts(work, card, ("input",)))]
-    return [_plan_of(state, rows) for state in states for rows in _mlp_rows(work)]
+    return [_plan_of(state, parts) for state in states for parts in _parts(work, card)]
 
 
 def largest(work: Workload, card: Card, budget: int, plan: RematPlan | None, field: str, step: int = 1) -> int:

@@ -25,6 +25,7 @@ NAMES = ("input", "q", "k", "v", "attention", "attention_lse", "residual", "gate
 QUANTIZABLE = tuple(name for name in NAMES if name not in ("attention_lse", "thin"))
 ACTIONS = ("save", "recompute", "offload", "save_quantized")
 ALL = "*"  # in place of a name: every value, named or not
+ATTENTION = ("xla", "cudnn", "triton", "mosaic")  # the implementations of `lora_jax.kernels.flash_attention`
 
 Actions = tuple[tuple[str, str], ...]  # (name, action) in the order of NAMES; what is not listed is computed again
 
@@ -49,6 +50,9 @@ class RematPlan:
     With `mlp_rows` the feed-forward layers compute so many tokens at a time, so that the largest arrays of a long row
     exist in part only, and their weights are decoded for every part. It is for plans that recompute gate and up.
 
+    `flash_attention` names attention's implementation, where it is not to be the fastest: on long rows cuDNN's backward
+    pass needs more memory than "mosaic".
+
     Raises:
       ValueError: an unknown name or action, a name that is not kept in 8 bits (only QUANTIZABLE are), or numbers of
         layers that make no sense.
@@ -56,6 +60,7 @@ class RematPlan:
 
     groups: tuple[tuple[int | None, Actions | Mapping[str, str]], ...]
     mlp_rows: int | None = None
+    flash_attention: str | None = None
 
     def __post_init__(self):
         """Brings groups that mean the same into the same form."""
@@ -72,6 +77,8 @@ class RematPlan:
         rows = self.mlp_rows
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
             raise ValueError(f"mlp_rows is a number of tokens, at least 1, or None for all at once, got {rows!r}")
+        if self.flash_attention not in (None, *ATTENTION):
+            raise ValueError(f"flash_attention={self.flash_attention!r} is unknown; known are {', '.join(ATTENTION)}")
 
     @classmethod
     def of(cls, value: "str | RematPlan | Sequence[Mapping[str, Any]]") -> "RematPlan":
@@ -82,6 +89,7 @@ class RematPlan:
             - {layers: 8, gate: save, up: save, attention: save, attention_lse: save}
             - {layers: rest, input: offload}
             - {mlp_rows: 8192}
+            - {flash_attention: mosaic}
 
         Raises:
           ValueError: no preset of that name, or something that is not such a list.
@@ -97,25 +105,28 @@ class RematPlan:
             return PRESETS[value]
         if not isinstance(value, Sequence) or not all(isinstance(group, Mapping) for group in value):
             raise ValueError(f"remat={value!r}: wanted a preset ({', '.join(PRESETS)}) or a list of groups of layers")
-        groups, rows = [], None
+        groups, more = [], {}
         for group in value:
-            if set(group) == {"mlp_rows"}:
-                rows = group["mlp_rows"]
+            if set(group) in ({"mlp_rows"}, {"flash_attention"}):
+                more |= group
                 continue
             count = group.get("layers")
             if count is None:
                 raise ValueError(f"remat: the group {dict(group)} does not say of how many `layers`; a number or rest")
             actions = {name: action for name, action in group.items() if name != "layers"}
             groups.append((None if count == "rest" else count, actions))
-        return cls(tuple(groups), rows)
+        return cls(tuple(groups), **more)
 
     def to_list(self) -> list[dict[str, Any]]:
         """The plan as `of` reads it."""
         groups = [{"layers": "rest" if count is None else count, **dict(actions)} for count, actions in self.groups]
-        return groups if self.mlp_rows is None else [*groups, {"mlp_rows": self.mlp_rows}]
+        more = {"mlp_rows": self.mlp_rows, "flash_attention": self.flash_attention}
+        return [*groups, *({name: value} for name, value in more.items() if value is not None)]
 
     def __str__(self) -> str:
         """The name of the preset it is, or its groups in words."""
+        if self.flash_attention is not None:
+            return f"{RematPlan(self.groups, self.mlp_rows)}; attention by {self.flash_attention}"
         if self.mlp_rows is not None:
             return f"{RematPlan(self.groups)}; feed-forward layers {self.mlp_rows} tokens at a time"
         for name, preset in PRESETS.items():

@@ -15,7 +15,7 @@ from flax import nnx
 from lora_jax.cards import this_card
 from lora_jax.guards import is_out_of_memory
 from lora_jax.kernels import parallel
-from lora_jax.kernels.dispatch import default_platform
+from lora_jax.kernels.dispatch import default_platform, using
 from lora_jax.kernels.loss.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from lora_jax.plan import Workload, budget_of, choose, memory, of_step, scans_layers
 from lora_jax.remat import RematPlan
@@ -126,7 +126,9 @@ def sum_of_losses(
     how["inputs_embeds"] = embeds
     if router_aux_loss_coef is not None:
         how["counted"] = batch.get("attention_mask", jnp.ones_like(ids))
-    x, load = model(ids, batch.get("positions"), batch.get("segment_start"), **how)
+    named = {} if plan.flash_attention is None else {"flash_attention": plan.flash_attention}
+    with using(**named):
+        x, load = model(ids, batch.get("positions"), batch.get("segment_start"), **how)
     # The state at t predicts the token at t + 1; the first token of a packed document carries no label.
     targets = parallel.shifted(labels, IGNORE_INDEX)
     if compute_loss_func is None:

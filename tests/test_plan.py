@@ -376,6 +376,25 @@ def test_long_rows_are_taken_in_parts_where_memory_is_short():
     assert plan.choose(eight_b(), H100, 12 * GIB).mlp_rows is None
 
 
+def test_attention_that_takes_less_memory_is_named_where_cudnns_does_not_fit():
+    shape = dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_hidden_layers=80)
+    config = {**LLAMA_8B, **shape}
+    work = plan.of_config(config, LoraConfig(r=32), 1, 89408, optim="adamw_8bit", offload_embedding=True)
+    card, budget = dataclasses.replace(H100, host_memory=107 * 10**9), 71 * GIB
+    chosen = plan.choose(work, card, budget)
+    assert chosen.flash_attention == "mosaic" and chosen.mlp_rows is not None
+    by_cudnn = RematPlan(chosen.groups, chosen.mlp_rows)
+    assert memory(work, by_cudnn, card).total > budget >= memory(work, chosen, card).total
+    assert sum(seconds(work, by_cudnn, card).values()) < sum(seconds(work, chosen, card).values())
+    # Where there is more, a shorter row, a card that is no Hopper, a name that the user gave: nothing is named.
+    assert plan.choose(work, card, 120 * GIB).flash_attention is None
+    assert plan.choose(dataclasses.replace(work, length=8192), card, budget).flash_attention is None
+    with pytest.raises(MemoryError):
+        plan.choose(work, dataclasses.replace(card, name="A100 80GB"), budget)
+    with dispatch.using(flash_attention="cudnn"), pytest.raises(MemoryError):
+        plan.choose(work, card, budget)
+
+
 def test_what_goes_to_the_host_leaves_the_device_to_what_is_worth_more():
     work = eight_b()
     full, offload = (memory(work, PRESETS[name], H100).total for name in ("full", "offload"))

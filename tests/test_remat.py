@@ -127,6 +127,16 @@ def test_feed_forward_layers_in_parts_give_the_same(quantized, rows, dropout):
     assert_equal_results(loss_and_gradients(quantized, plan, dropout=dropout), want, exact=dropout)
 
 
+def test_a_plan_may_name_the_implementation_of_attention(quantized):
+    plan = RematPlan.of([{"layers": "rest", "input": "save"}, {"mlp_rows": 8}, {"flash_attention": "xla"}])
+    assert RematPlan.of(plan.to_list()) == plan
+    assert str(plan).endswith("8 tokens at a time; attention by xla")
+    want = loss_and_gradients(quantized, RematPlan(plan.groups, plan.mlp_rows))
+    assert_equal_results(loss_and_gradients(quantized, plan), want, exact=True)
+    with pytest.raises(NotImplementedError, match="flash_attention: implementation='cudnn' cannot do this call"):
+        loss_and_gradients(quantized, RematPlan(plan.groups, flash_attention="cudnn"))
+
+
 # What the planner makes of 8B at 342,784 and of 70B at 89,408 tokens in 80 GB, with two layers for all.
 LONG_ROWS = {
     "8B": [
@@ -349,6 +359,7 @@ def test_a_plan_in_yaml():
         ([{"layers": 2, "input": "recompute"}], "save or offload it"),
         ([{"layers": 2, "*": "save", "gate": "save"}], "goes alone"),
         ([{"layers": 2}, {"mlp_rows": 0}], "at least 1, or None for all at once, got 0"),
+        ([{"layers": 2}, {"flash_attention": "flash"}], "'flash' is unknown; known are xla, cudnn, triton, mosaic"),
     ],
 )
 def test_mistakes_in_plans(value, said):
