@@ -351,8 +351,9 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
             hidden = _LEAST_HIDDEN_ARRAYS + missing * (hidden - _LEAST_HIDDEN_ARRAYS)
             decoded = least + missing * (decoded - least)
         if plan.mlp_rows is not None:  # the loop over parts has its input, output and their gradients whole
+            by_cudnn = _by_cudnn(work, plan.flash_attention)
+            here = max(here, a * rows * _BACKWARD_OF_CUDNN * w.attention * by_cudnn)  # never at once
             here += a * rows * (_MORE_IN_PARTS * w.hidden + w.k + w.v)
-            here += a * rows * _BACKWARD_OF_CUDNN * w.attention * _by_cudnn(work, plan.flash_attention)
         here += a * _PAIR_ARRAYS * rows * w.pairs * w.hidden
         here += a * work.config.fused_qkv * rows * (w.q + w.k + w.v)  # together and apart
         here += a * (hidden * rows * w.hidden + decoded * w.experts * w.hidden * w.mlp)

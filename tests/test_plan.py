@@ -367,11 +367,15 @@ def test_a_loop_that_is_asked_for_is_planned():
 def test_long_rows_are_taken_in_parts_where_memory_is_short():
     work = eight_b(1, 32768)
     assert plan.choose(work, H100, 70 * GIB).mlp_rows is None
-    short = plan.choose(work, H100, 11 * GIB)
+    short = plan.choose(work, H100, 10 * GIB)
     assert short.mlp_rows == 8192
     whole = RematPlan(short.groups)
-    # 2.1 GiB less of [M, F] arrays, and 1.75 GiB that the loop over parts and cuDNN's backward take.
-    assert memory(work, whole, H100).total - memory(work, short, H100).total > 0.4 * GIB
+    # 2.1 GiB less of [M, F] arrays, of which cuDNN's backward takes 0.3, and the loop over parts 0.75.
+    assert memory(work, whole, H100).total - memory(work, short, H100).total > 1.0 * GIB
+    # With all inputs on the host and nothing else kept a compiled program held 8.82 GiB on an H100.
+    least = RematPlan.of([{"layers": "rest", "input": "offload", "thin": "save"}, {"mlp_rows": 8192}])
+    full = plan.of_config(LLAMA_8B, LoraConfig(r=16), 1, 32768, optim="adamw_8bit", offload_embedding=True)
+    assert memory(full, least, H100).total / GIB == pytest.approx(8.82, rel=0.08)
     assert sum(seconds(work, short, H100).values()) > sum(seconds(work, whole, H100).values())
     assert plan.choose(eight_b(), H100, 12 * GIB).mlp_rows is None
 
