@@ -261,11 +261,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("capability", choices=CARDS)
     parser.add_argument("--family", choices=FAMILIES, action="append")
+    parser.add_argument(
+        "--half", type=int, choices=(0, 1), help="every other program of large families, from this one on"
+    )
     args = parser.parse_args()
     dispatch.default_platform = lambda: "gpu"  # this process has no device, and compiles for one
     sharding, mesh = target(args.capability)
     for family in args.family or FAMILIES:
-        for name, f, shapes in FAMILIES[family](args.capability):
+        programs = list(FAMILIES[family](args.capability))
+        whole = args.half is None or len(programs) < 4
+        for name, f, shapes in programs if whole else programs[args.half :: 2]:
             start, error = time.perf_counter(), None
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
             try:
