@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.kernels.nf4.format import NESTED_BLOCK, NF4Weight
+from lora_jax.kernels.nf4.format import NESTED_BLOCK, NF4Layer, NF4Weight, beside_all_scales
 
 __all__ = [
     "AXES",
@@ -86,12 +86,24 @@ class Shard:
         return ("tensor",) * (self.split == -2) + ("fsdp",) * self.fsdp
 
     def entry(self, at: jax.Array) -> "Shard":
-        """This device's share of entry `at` of the stack."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, at, 0, False, allow_negative_indices=False), self)
+        """This device's share of entry `at` of the stack; without second-level scales, unless "tensor" divides it."""
+        value = self.value
+        if isinstance(value, NF4Weight) and self.split is None:
+            value = NF4Weight(value.packed, value.absmax)
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=at, keepdims=False, allow_negative_indices=False)
+        return dataclasses.replace(self, value=jax.tree.map(take, value))
+
+    def with_scales(self, whole: jax.Array | NF4Weight, at: jax.Array) -> jax.Array | NF4Weight | NF4Layer:
+        """Entry `at` of the stack, of which `gathered` made `whole`, with second-level scales if it has any."""
+        if not isinstance(self.value, NF4Weight) or not isinstance(whole, NF4Weight) or self.split is not None:
+            return whole
+        return beside_all_scales(whole, self.value, at) if self.value.double_quantized else whole
 
 
 def gathered(shards: Sequence[Shard]) -> list[jax.Array | NF4Weight]:
     """The weights [..., N, K] of which these are shares, whole but for what "tensor" has divided.
+
+    Their second-level scales are in the stack that they are an entry of; see `Shard.with_scales`.
 
     Their rows travel over "fsdp" in the bytes that they are stored in. The compiler makes one collective of all arrays
     of a type (see `_compiler_options` in step.py): each has its price, of about 80 us between four H100s, whatever it

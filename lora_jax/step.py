@@ -15,7 +15,7 @@ from flax import nnx
 from lora_jax.cards import this_card
 from lora_jax.guards import is_out_of_memory
 from lora_jax.kernels import parallel
-from lora_jax.kernels.dispatch import default_platform, using
+from lora_jax.kernels.dispatch import compute_capability, default_platform, using
 from lora_jax.kernels.loss.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from lora_jax.plan import Workload, budget_of, choose, memory, of_step, scans_layers
 from lora_jax.remat import RematPlan
@@ -339,6 +339,8 @@ def _compiler_options(plan: RematPlan, model: "CausalLM") -> dict[str, Any] | No
         # of one collective at a time it would not begin early.
         options["xla_gpu_experimental_collective_start_as_early_as_possible"] = True
         options["xla_gpu_experimental_parallel_collective_overlap_limit"] = 2
+        if compute_capability() == "9.0":  # where it was measured: 273.6 -> 268.2 ms for a step of four H100s
+            options["xla_gpu_experimental_enable_nccl_symmetric_buffers"] = True
     return options
 
 

@@ -20,7 +20,7 @@ from lora_jax.kernels import parallel
 from lora_jax.kernels.attention import flash_attention
 from lora_jax.kernels.kept import dequantize, named, quantize
 from lora_jax.kernels.loss import Head
-from lora_jax.kernels.nf4.format import BLOCK, NF4Layer, NF4Weight
+from lora_jax.kernels.nf4.format import BLOCK, NF4Layer, NF4Weight, beside_all_scales
 from lora_jax.kernels.nf4.mlp import ACTIVATIONS, lora_mlp
 from lora_jax.kernels.nf4.shared_input import halves, lora_matmuls
 from lora_jax.kernels.rope import RopeConfig, apply_rope, rope_tables
@@ -766,9 +766,13 @@ def _entries(frozen, index: jax.Array, buffer: jax.Array | None = None, whole: l
         buffer = jax.device_put(buffer, jax.memory.Space.Device)
     leaves, treedef = jax.tree.flatten(frozen, is_leaf=_is_nf4)
     shared = iter(whole or _gathered(frozen, index))
-    return treedef.unflatten(
-        [next(shared) if isinstance(leaf, parallel.Shard) else _entry(leaf, index, buffer) for leaf in leaves]
-    )
+
+    def one(leaf):
+        if isinstance(leaf, parallel.Shard):
+            return leaf.with_scales(next(shared), index)
+        return _entry(leaf, index, buffer)
+
+    return treedef.unflatten([one(leaf) for leaf in leaves])
 
 
 def _gathered(frozen, index: jax.Array) -> list:
@@ -781,10 +785,9 @@ def _entry(leaf, index: jax.Array, buffer: jax.Array | None):
     """Entry `index` of a stack of arrays or NF4 weights; NF4 weights stay where they are, for the kernels."""
     if not _is_nf4(leaf):
         return entry(leaf, index)
-    layer = NF4Layer(leaf, index)
     if isinstance(codes := leaf.packed, Streamed):
-        rest = jax.tree.map(lambda part: entry(part, index)[None], dataclasses.replace(leaf, packed=()))
-        layer = NF4Layer(dataclasses.replace(rest, packed=codes.of(buffer)[None]), jnp.int32(0))
+        return beside_all_scales(NF4Weight(codes.of(buffer), entry(leaf.absmax, index)), leaf, index)
+    layer = NF4Layer(leaf, index)
     return layer if leaf.shape[-1] % BLOCK == 0 else layer.cut()
 
 

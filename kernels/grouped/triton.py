@@ -229,7 +229,7 @@ def _few_rows(expert_ref, start_ref, end_ref, first_ref, x_ref, packed_ref, *ref
         def step(i, acc):
             at, in_depth = _indices(i * depth, depth, half)
             blocks, _ = _indices(i * (tile.depth // BLOCK), tile.depth // BLOCK, half * 2 // BLOCK)
-            absmax = nf4.load_absmax(scale_refs, *_tile(cols, blocks), half * 2 // BLOCK, entry)
+            absmax = nf4.load_absmax(scale_refs, *_tile(cols, blocks), half * 2 // BLOCK, (entry,), (entry,))
             pairs = nf4.pairs(packed_ref[entry, *_tile(cols, at)], _spread(absmax))
             for part, word in enumerate((pairs << 16, pairs & jnp.int32(-65536))):
                 ws = jax.lax.bitcast_convert_type(word, jnp.float32).astype(x_ref.dtype)

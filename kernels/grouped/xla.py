@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight, dequantize
+from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight, dequantize, with_one_index
 
 __all__ = ["Joined", "grouped_matmul", "grouped_outer", "in_stack", "row_ranges", "why_not"]
 
@@ -43,6 +43,7 @@ def in_stack(w: NF4Weight | NF4Layer) -> NF4Layer:
     """The first expert of w [E, N, K] in a stack of all experts [S, N, K], those of all layers if w is one of them."""
     if isinstance(w, NF4Weight):
         return NF4Layer(w, jnp.int32(0))
+    w = with_one_index(w)
     # No copy: the leading axes become one.
     stack = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), w.stack)
     return NF4Layer(stack, w.index * w.shape[0])

@@ -23,6 +23,7 @@ __all__ = [
     "NESTED_BLOCK",
     "NF4Layer",
     "NF4Weight",
+    "beside_all_scales",
     "cut",
     "dequantize",
     "dequantize_absmax",
@@ -31,6 +32,7 @@ __all__ = [
     "quantize",
     "quantize_absmax",
     "select",
+    "with_one_index",
 ]
 
 BLOCK = 64
@@ -145,6 +147,8 @@ class NF4Layer:
 
     stack: NF4Weight  # [L, N, K] or [L, E, N, K]
     index: jax.Array  # int32 []
+    # int32 [], of the second-level scales if they lie elsewhere: one layer's codes may stand beside all layers' scales.
+    nested_index: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -153,15 +157,39 @@ class NF4Layer:
 
     def cut(self) -> NF4Weight:
         """The weight in arrays of its own."""
-        take = functools.partial(
-            jax.lax.dynamic_index_in_dim, index=self.index, keepdims=False, allow_negative_indices=False
-        )
-        return jax.tree.map(take, self.stack)
+        return NF4Weight(*(None if x is None else _entry(x, at) for x, at in self._places()))
+
+    def _places(self) -> list[tuple[jax.Array | None, jax.Array]]:
+        """The arrays of the stack, and the entry of each that is the weight's."""
+        w, nested = self.stack, self.index if self.nested_index is None else self.nested_index
+        of_nested = (w.nested_absmax, w.nested_offset, w.nested_code)
+        return [(w.packed, self.index), (w.absmax, self.index), *((x, nested) for x in of_nested)]
+
+
+def _entry(x: jax.Array, at: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, at, keepdims=False, allow_negative_indices=False)
+
+
+def beside_all_scales(one: NF4Weight, stack: NF4Weight, index: jax.Array) -> NF4Layer | NF4Weight:
+    """Entry `index` of a stack, of which `one` has the codes and scales but not the second-level scales.
+
+    Those stay where they are in the stack: three small copies a weight for every use would take longer than to gather
+    or fetch it does. But where 64 does not divide K, no kernel reads a stack.
+    """
+    layer = NF4Layer(dataclasses.replace(stack, packed=one.packed[None], absmax=one.absmax[None]), jnp.int32(0), index)
+    return layer if one.shape[-1] % BLOCK == 0 else layer.cut()
 
 
 def cut(w):
     """An NF4Layer as an NF4Weight; anything else as it is."""
     return w.cut() if isinstance(w, NF4Layer) else w
+
+
+def with_one_index(w):
+    """An NF4Layer whose arrays all have its `index`, for kernels that take one; anything else as it is."""
+    if not isinstance(w, NF4Layer) or w.nested_index is None:
+        return w
+    return NF4Layer(jax.tree.map(lambda x: x[None], w.cut()), jnp.int32(0))
 
 
 def quantize(w: jax.Array, double_quantize: bool = True) -> NF4Weight:

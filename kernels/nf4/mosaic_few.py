@@ -45,7 +45,7 @@ from jaxlib.mlir.dialects import gpu
 
 from lora_jax.kernels.dispatch import sm_count
 from lora_jax.kernels.nf4 import mosaic_instructions as ptx
-from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Layer, NF4Weight
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Layer, NF4Weight, with_one_index
 
 __all__ = ["MAX_ROWS", "Tiles", "base_matmul", "choose", "forward", "matmul", "why_not"]
 
@@ -196,6 +196,7 @@ def matmul(x, w: NF4Weight | NF4Layer, a=None, b=None, scale: float = 1.0, *, ti
     if (reason := why_not(x, w, a)) is not None:
         raise NotImplementedError(f"nf4 matmul (mosaic, few rows): {reason}")
     plan = _plan(x, w, a, tiles or choose(x.shape[0], *w.shape))
+    w = with_one_index(w)
     index = {"index": w.index.reshape(1)} if isinstance(w, NF4Layer) else {}
     w = _whole(w)
     arrays = dict(x=x, packed=w.packed, absmax=w.absmax, table=jnp.asarray(_table()), **index)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.kernels.dispatch import on_gpu, resolve
-from lora_jax.kernels.nf4.format import BLOCK, NESTED_BLOCK, NF4Layer, NF4Weight
+from lora_jax.kernels.nf4.format import BLOCK, NESTED_BLOCK, NF4Layer, NF4Weight, with_one_index
 from lora_jax.kernels.nf4.matmul import choose, lora_matmul
 
 __all__ = ["Projection", "halves", "lora_matmuls", "preference", "project"]
@@ -35,7 +35,8 @@ def halves(p: Projection) -> tuple[Projection, Projection] | None:
     Nothing is copied: a stack of L such weights is one of 2L. None where the weight is not in NF4, or scales of the
     second level belong to both halves.
     """
-    w = p.w if isinstance(p.w, NF4Layer) else NF4Layer(jax.tree.map(lambda x: x[None], p.w), jnp.int32(0))
+    w = with_one_index(p.w)
+    w = w if isinstance(w, NF4Layer) else NF4Layer(jax.tree.map(lambda x: x[None], w), jnp.int32(0))
     if not isinstance(stack := w.stack, NF4Weight) or len(w.shape) != 2 or w.shape[0] % 2 or w.shape[1] % BLOCK:
         return None
     n, k = w.shape[0] // 2, w.shape[1]

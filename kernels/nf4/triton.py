@@ -93,12 +93,19 @@ def in_reach(w: NF4Weight | NF4Layer) -> NF4Weight | NF4Layer:
 
 
 def arrays(w: NF4Weight | NF4Layer) -> list[jax.Array]:
-    """[codes, scales], what double-quantised scales are decoded with, and the index in the stack if it is in one."""
-    index = [w.index.reshape(1)] if isinstance(w, NF4Layer) else []
+    """[codes, scales], what double-quantised scales are decoded with, and the indices in the stack if it is in one.
+
+    These are one number, or two where the second-level scales have one of their own.
+    """
+    index = [_indices(w)] if isinstance(w, NF4Layer) else []
     w = w.stack if isinstance(w, NF4Layer) else w
     if w.nested_absmax is None or w.nested_offset is None or w.nested_code is None:
         return [w.packed, w.absmax, *index]
     return [w.packed, w.absmax, w.nested_absmax, w.nested_offset.reshape(-1), w.nested_code, *index]
+
+
+def _indices(w: NF4Layer) -> jax.Array:
+    return w.index.reshape(1) if w.nested_index is None else jnp.stack([w.index, w.nested_index])
 
 
 def _as_pairs(x: jax.Array) -> jax.Array:
@@ -136,24 +143,30 @@ def _kernel(*refs, sizes, n, rows, tile, beside):
 def _decode(refs, out_ref, first, row, col, rows, tile):
     """Decodes a tile of a weight; the weight's first row is row `first` of the output."""
     packed_ref, *scale_refs = refs
-    entry = (scale_refs.pop()[0],) if packed_ref.ndim == 3 else ()
+    entry = nested = ()
+    if packed_ref.ndim == 3:
+        indices = scale_refs.pop()
+        entry, nested = (indices[0],), (indices[indices.shape[0] - 1],)
     cols = pl.ds(col, tile)
     lines = row + jnp.arange(rows, dtype=jnp.int32)[:, None]
     blocks = (col + jnp.arange(tile, dtype=jnp.int32)[None]) >> (BLOCK // 2).bit_length() - 1
     lines, blocks = (jnp.broadcast_to(i, (rows, tile)) for i in (lines, blocks))
-    absmax = load_absmax(scale_refs, lines, blocks, packed_ref.shape[-1] // (BLOCK // 2), *entry)
+    absmax = load_absmax(scale_refs, lines, blocks, packed_ref.shape[-1] // (BLOCK // 2), entry, nested)
     out_ref[pl.ds(first + row, rows), cols] = pairs(packed_ref[*entry, pl.ds(row, rows), cols], absmax)
 
 
-def load_absmax(refs, rows, blocks, blocks_in_row, *entry):
-    """The float32 scales of the blocks in some rows, of one weight or of an entry of a stack."""
+def load_absmax(refs, rows, blocks, blocks_in_row, entry=(), nested=()):
+    """The float32 scales of the blocks in some rows.
+
+    `entry` is () for a weight and (number,) for one of a stack, `nested` the same for its second-level scales.
+    """
     if len(refs) == 1:
         return refs[0][*entry, rows, blocks]
     absmax_ref, nested_ref, offset_ref, code_ref = refs
-    code = code_ref[*entry, absmax_ref[*entry, rows, blocks].astype(jnp.int32)]
+    code = code_ref[*nested, absmax_ref[*entry, rows, blocks].astype(jnp.int32)]
     at = jax.lax.shift_right_logical(rows * blocks_in_row + blocks, NESTED_BLOCK.bit_length() - 1)
-    offset = offset_ref[entry[0] if entry else 0]
-    return _rounded("add", _rounded("mul", code, nested_ref[*entry, at]), jnp.broadcast_to(offset, code.shape))
+    offset = offset_ref[nested[0] if nested else 0]
+    return _rounded("add", _rounded("mul", code, nested_ref[*nested, at]), jnp.broadcast_to(offset, code.shape))
 
 
 def _rounded(op, x, y):

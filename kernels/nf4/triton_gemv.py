@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lora_jax.kernels.dispatch import interpret
-from lora_jax.kernels.nf4.format import BLOCK, CODE, NF4Layer, NF4Weight, select
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NF4Layer, NF4Weight, select, with_one_index
 from lora_jax.kernels.nf4.triton import arrays, asm, in_reach, lane_table, load_absmax
 
 __all__ = ["MAX_ROWS", "Gemv", "choose", "gemv"]
@@ -61,7 +61,7 @@ def gemv(x: jax.Array, w: NF4Weight | NF4Layer, a=None, b=None, scale: float = 1
     if m > MAX_ROWS:
         raise ValueError(f"gemv takes at most {MAX_ROWS} rows, got {m}")
     pairs = jax.lax.bitcast_convert_type(x.reshape(m, k // 2, 2), jnp.int32)
-    weight = arrays(in_reach(w))
+    weight = arrays(in_reach(with_one_index(w)))
     factors = []
     if a is not None and b is not None:
         factors = [_thin_parts(x, a), b]
@@ -118,7 +118,7 @@ def _kernel(x_ref, *refs, size, scale, config):
         column = block[:, None] * _BYTES + byte[None, :]
         packed = packed_ref[*entry, _spread(row[:, None, None], shape), _spread(column[None], shape)]
         blocks = _spread(row[:, None], shape[:2]), _spread(block[None], shape[:2])
-        absmax = load_absmax(scale_refs, *blocks, total, *entry)
+        absmax = load_absmax(scale_refs, *blocks, total, entry, entry)
         even, odd = _values(packed)
         out = []
         for index in range(m):

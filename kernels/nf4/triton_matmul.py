@@ -49,7 +49,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from lora_jax.kernels.dispatch import interpret
 from lora_jax.kernels.nf4 import triton_gemv
-from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Layer, NF4Weight, cut, select
+from lora_jax.kernels.nf4.format import BLOCK, CODE, NESTED_BLOCK, NF4Layer, NF4Weight, cut, select, with_one_index
 from lora_jax.kernels.nf4.triton import arrays, in_reach
 from lora_jax.kernels.nf4.triton_adapter import padded_rank
 from lora_jax.kernels.nf4.triton_gemv import Gemv
@@ -404,7 +404,7 @@ def _call(kernel, name, inputs, out, grid, warps, stages):
 
 def _weight_arrays(w: NF4Weight | NF4Layer) -> dict[str, jax.Array]:
     """The weight's arrays by name; of a layer those of its whole stack, and its `index`."""
-    w = in_reach(w)
+    w = in_reach(with_one_index(w))
     whole = w.stack if isinstance(w, NF4Layer) else w
     names = ["packed", "absmax"] + ["nested_absmax", "nested_offset", "nested_code"] * whole.double_quantized
     return dict(zip(names + ["index"] * isinstance(w, NF4Layer), arrays(w), strict=True))

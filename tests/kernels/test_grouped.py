@@ -10,7 +10,7 @@ import pytest
 from lora_jax.kernels.dispatch import why_not_hopper
 from lora_jax.kernels.grouped import grouped_lora_matmul, grouped_lora_matmuls, xla
 from lora_jax.kernels.nf4 import dequantize, quantize
-from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight
+from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight, beside_all_scales
 from lora_jax.kernels.nf4.shared_input import Projection
 from tests.jaxprs import equations
 
@@ -210,10 +210,17 @@ def test_layers_of_a_stack_equal_those_cut_out_bit_for_bit(implementation, routi
     layers = [case(4, 96, 64, 3, m, base, dtype, seed)[1] for seed in (1, 2, 3)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     for index, alone in enumerate(layers):
-        got = run(x, NF4Layer(stack, jnp.int32(index)), sizes, a, b, dy, implementation=implementation)
+        ways = [NF4Layer(stack, jnp.int32(index))]
+        if isinstance(alone, NF4Weight) and alone.double_quantized:
+            ways.append(beside_all_scales(NF4Weight(alone.packed, alone.absmax), stack, jnp.int32(index)))
         want = run(x, alone, sizes, a, b, dy, implementation=implementation)
-        for g, w in zip(got, want, strict=True):
-            np.testing.assert_array_equal(np.asarray(g, np.float32), np.asarray(w, np.float32))
+        for got in (run(x, way, sizes, a, b, dy, implementation=implementation) for way in ways):
+            _equal_bits(got, want)
+
+
+def _equal_bits(got, want):
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(g, np.float32), np.asarray(w, np.float32))
 
 
 @pytest.mark.parametrize("rows", [100, 5])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lora_jax.kernels.nf4 import NF4Weight, dequantize, lora_matmul, quantize
-from lora_jax.kernels.nf4.format import CODE, NF4Layer, cut, nested_code
+from lora_jax.kernels.nf4.format import CODE, NF4Layer, beside_all_scales, cut, nested_code, with_one_index
 from lora_jax.kernels.nf4.shared_input import Projection, halves, project
 
 SHAPES = [(64, 128), (96, 192), (5, 96), (7, 10), (300, 576)]  # 64 divides K, and does not
@@ -212,12 +212,14 @@ def test_lora_matmul_refuses():
 
 
 @pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("stacked", [True, False])
-def test_halves_of_a_fused_layer_are_its_rows(double, stacked):
+@pytest.mark.parametrize("place", ["stack", "scales in a stack", "alone"])
+def test_halves_of_a_fused_layer_are_its_rows(double, place):
     """Codes and scales are where they were, bit for bit; the products, and gradients of A, B and x, follow."""
     rng = np.random.default_rng(0)
     weights = [quantize(jnp.asarray(rng.normal(size=(512, 128)), jnp.float32), double) for _ in range(3)]
-    w = NF4Layer(jax.tree.map(lambda *x: jnp.stack(x), *weights), jnp.int32(2)) if stacked else weights[2]
+    stack = jax.tree.map(lambda *x: jnp.stack(x), *weights)
+    beside = beside_all_scales(NF4Weight(weights[2].packed, weights[2].absmax), stack, jnp.int32(2))
+    w = {"stack": NF4Layer(stack, jnp.int32(2)), "scales in a stack": beside, "alone": weights[2]}[place]
     sizes = ((5, 128), (128, 4), (4, 512), 512, (5, 512))
     x, a, b, bias, dy = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes)
 
@@ -234,6 +236,22 @@ def test_halves_of_a_fused_layer_are_its_rows(double, stacked):
     (want, pull_want), (got, pull_got) = jax.vjp(whole, x, a, b), jax.vjp(apart, x, a, b)
     for one, other in zip((got, *pull_got(dy)), (want, *pull_want(dy)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("k", [128, 96])  # 64 divides it, or no kernel reads a stack
+@pytest.mark.parametrize("double", [True, False])
+def test_a_layer_whose_scales_are_in_a_stack(double, k):
+    """The arrays are the layer's, bit for bit, as a weight and as a layer with one index."""
+    rng = np.random.default_rng(0)
+    weights = [quantize(jnp.asarray(rng.normal(size=(300, k)), jnp.float32), double) for _ in range(3)]
+    stack = jax.tree.map(lambda *x: jnp.stack(x), *weights)
+    w = beside_all_scales(NF4Weight(weights[1].packed, weights[1].absmax), stack, jnp.int32(1))
+    assert isinstance(w, NF4Layer) == (k % 64 == 0)
+    one = with_one_index(w)
+    assert not isinstance(one, NF4Layer) or one.nested_index is None
+    assert w.shape == one.shape == (300, k)
+    for got in (cut(w), cut(one)):
+        jax.tree.map(np.testing.assert_array_equal, got, weights[1])
 
 
 def test_halves_that_share_scales_are_none():

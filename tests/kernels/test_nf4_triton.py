@@ -11,8 +11,8 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.kernels.dispatch import using
-from lora_jax.kernels.nf4 import NF4Weight, dequantize, lora_matmul, quantize, triton, triton_mlp
-from lora_jax.kernels.nf4.format import NF4Layer
+from lora_jax.kernels.nf4 import dequantize, lora_matmul, quantize, triton, triton_mlp
+from lora_jax.kernels.nf4.format import NF4Layer, NF4Weight, beside_all_scales
 from lora_jax.kernels.nf4.mlp import lora_mlp
 from lora_jax.kernels.nf4.shared_input import Projection, lora_matmuls
 from lora_jax.kernels.nf4.triton_adapter import add_product, extend, padded_rank
@@ -49,15 +49,23 @@ def test_decoding_equals_the_definition_bit_for_bit(shape, double):
 
 @pytest.mark.parametrize("double", [False, True])
 def test_decoding_layers_of_a_stack(double):
-    """Two weights that lie in stacks of three, as one call."""
+    """Two weights that lie in stacks of three, as one call; also if only the second-level scales lie there."""
     rng = np.random.default_rng(1)
     single = [[quantize(normal(rng, n, 192, dtype=jnp.float32), double) for _ in range(3)] for n in (8, 4)]
     stacks = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *ws) for ws in single]
     beside = normal(rng, 12, 64)
     run = jax.jit(lambda stacks, i, x: triton.dequantize(*(NF4Layer(s, i) for s in stacks), beside=x))
+
+    @jax.jit
+    def run_beside(ones, stacks, i, x):
+        return triton.dequantize(*(beside_all_scales(*pair, i) for pair in zip(ones, stacks, strict=True)), beside=x)
+
     for i in range(3):
         want = jnp.concatenate([dequantize(ws[i], jnp.bfloat16) for ws in single])
         got = run(stacks, jnp.int32(i), beside)
+        np.testing.assert_array_equal(bits(got), bits(jnp.concatenate([want, beside], axis=1)))
+        ones = [NF4Weight(ws[i].packed, ws[i].absmax) for ws in single]
+        got = run_beside(ones, stacks, jnp.int32(i), beside)
         np.testing.assert_array_equal(bits(got), bits(jnp.concatenate([want, beside], axis=1)))
 
 
