@@ -80,6 +80,7 @@ OPTIONS = {
 # ---- both layouts, by ourselves -----------------------------------------------------------------------------------
 
 
+@pytest.mark.rotate
 @pytest.mark.parametrize(
     ("family", "options"),
     [*((family, "router") for family in MODELS), ("mixtral", "default"), ("deepseek_v2", "layer")],
@@ -152,6 +153,7 @@ def test_which_layout_is_the_default(models, tmp_path):
     assert not is_fused("deepseek_v2", target_modules=["o_proj", "kv_b_proj"])
 
 
+@pytest.mark.turns("exports of mixtures")
 def test_separate_experts_of_some_layers(models, tmp_path):
     """PEFT takes either a regex or `layers_to_transform`."""
     folder = adapted(models["mixtral"], layers_to_transform=1).save_pretrained(tmp_path / "a", expert_layout="separate")
