@@ -1,5 +1,6 @@
 """What all tests share: the environment JAX starts in, markers, the real model, and the torch oracles."""
 
+import gc
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all-configs",
         action="store_true",
         default=os.environ.get("LORA_JAX_ALL") == "1",
-        help="run every parameter set of tests marked `rotate` (also: LORA_JAX_ALL=1)",
+        help="run every parameter set of tests marked `rotate`, and all marked `turns` (also: LORA_JAX_ALL=1)",
     )
 
 
@@ -43,7 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-# One parameter set of each test marked `rotate`, chosen by the commit; of each family that `rotate(family)` names.
+# One parameter set of each test marked `rotate`, chosen by the commit; of each family that `rotate(family)` names. Then
+# one test of those marked `turns(family)`, of all files.
 
 
 def _commit() -> str:
@@ -54,28 +56,38 @@ def _commit() -> str:
 @pytest.hookimpl(trylast=True)  # after -k, -m and node ids have made their choice
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--all-configs"):
-        _rotate(config, items)
+        _choose(config, items, "rotate", lambda item, *family: (" ".join([_function(item), *family]), item.nodeid))
+        _choose(config, items, "turns", lambda item, family: (family, _function(item)))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and (reason := _why_no_gpu()):
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _rotate(config: pytest.Config, items: list[pytest.Item]) -> None:
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.split("[")[0]
+
+
+def _choose(
+    config: pytest.Config, items: list[pytest.Item], marker: str, places: Callable[..., tuple[str, str]]
+) -> None:
+    """Keeps one member of each family; `places(item, *arguments of the marker)` says (family, member)."""
     commit = _commit()
-    families: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        if mark := item.get_closest_marker("rotate"):
-            families.setdefault(" ".join([item.nodeid.split("[")[0], *mark.args]), []).append(item)
-    chosen = {name: family[zlib.crc32(f"{commit} {name}".encode()) % len(family)] for name, family in families.items()}
-    left_out = [item for name, family in families.items() for item in family if item is not chosen[name]]
-    items[:] = [item for item in items if item not in set(left_out)]
-    config.hook.pytest_deselected(items=left_out)
-    config.stash[_ROTATION] = [
-        f"rotate ({commit}): {item.nodeid}, 1 of {len(families[name])}"
-        for name, item in chosen.items()
+    where = {item: places(item, *mark.args) for item in items if (mark := item.get_closest_marker(marker))}
+    families: dict[str, list[str]] = {}
+    for family, member in dict.fromkeys(where.values()):
+        families.setdefault(family, []).append(member)
+    chosen = {
+        name: members[zlib.crc32(f"{commit} {name}".encode()) % len(members)] for name, members in families.items()
+    }
+    left_out = {item for item, (family, member) in where.items() if member != chosen[family]}
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
+    config.stash.setdefault(_ROTATION, []).extend(
+        f"{marker} ({commit}): {member}, 1 of {len(families[name])}"
+        for name, member in chosen.items()
         if len(families[name]) > 1
-    ]
+    )
 
 
 _ROTATION = pytest.StashKey[list[str]]()
@@ -83,6 +95,12 @@ _ROTATION = pytest.StashKey[list[str]]()
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     return config.stash.get(_ROTATION, [])
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays: looking through it for garbage would take a tenth of the time of tracing.
+    gc.collect()
+    gc.freeze()
 
 
 def _why_no_gpu() -> str | None:

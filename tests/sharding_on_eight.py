@@ -327,8 +327,9 @@ def report(**values: Any) -> None:
 
 if __name__ == "__main__":
     section, where = sys.argv[1], Path(sys.argv[2])
-    if section == "dense":
-        meshes(where, DENSE, [{"fsdp": 8}, {"tensor": 2, "fsdp": 4}, {"context": 4, "data": 2}])
+    dense = {"fsdp": {"fsdp": 8}, "tensor": {"tensor": 2, "fsdp": 4}, "context": {"context": 4, "data": 2}}
+    if section in dense:
+        meshes(where, DENSE, [dense[section]])
     elif section == "rows":
         meshes(where, DENSE, [{"data": 8}, {"data": 2, "fsdp": 4}])
     elif section == "biases":

@@ -257,6 +257,7 @@ class Watch:
         self.arrays = {jax.tree_util.keystr(path): np.array(x) for path, x in named}
 
 
+@pytest.mark.turns("resumed runs end with the same bits")
 @pytest.mark.rotate
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
 def test_a_resumed_run_ends_with_the_same_bits(optim: str, tmp_path: Path):
@@ -294,6 +295,7 @@ def test_a_resumed_run_ends_with_the_same_bits(optim: str, tmp_path: Path):
 # ---- bitsandbytes --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.turns("8-bit Adam of bitsandbytes")
 @pytest.mark.oracle
 def test_nearest_values_equal_bitsandbytes(oracle, tmp_path):
     rng = np.random.default_rng(0)
@@ -323,6 +325,7 @@ def test_nearest_values_equal_bitsandbytes(oracle, tmp_path):
             np.testing.assert_array_equal(from_8bit(theirs, signed), want[f"{label}.values"], err_msg=label)
 
 
+@pytest.mark.turns("8-bit Adam of bitsandbytes")
 @pytest.mark.oracle
 def test_adamw_equals_bitsandbytes(oracle, tmp_path):
     rng = np.random.default_rng(0)

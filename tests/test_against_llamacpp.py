@@ -1,7 +1,5 @@
 """Our logits against llama.cpp on the GGUF files we write, with real weights and a merged adapter."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -38,13 +36,7 @@ def adapted(smollm2):
     return model, tokenizer
 
 
-@pytest.fixture(scope="module")
-def files(adapted, tmp_path_factory) -> list[Path]:
-    model, tokenizer = adapted
-    folder = tmp_path_factory.mktemp("gguf")
-    return model.save_pretrained_gguf(folder, tokenizer, ["f32", "bf16", "q8_0"], verbose=False)
-
-
+@pytest.mark.turns("real models and whole programs")
 def test_smollm2_logits_equal_llamacpp(smollm2, tmp_path):
     model, tokenizer = lora_jax.from_pretrained(smollm2, load_in_4bit=False, dtype="float32", progress=False)
     (path,) = model.save_pretrained_gguf(tmp_path, tokenizer, "f32", verbose=False)
@@ -57,15 +49,19 @@ def test_smollm2_logits_equal_llamacpp(smollm2, tmp_path):
     assert max(differences) <= 5e-4
 
 
-def test_the_merged_adapter_in_llamacpp(adapted, files, smollm2):
+@pytest.mark.rotate
+@pytest.mark.parametrize("rounded", ["bf16", "q8_0"])
+def test_the_merged_adapter_in_llamacpp(adapted, smollm2, tmp_path, rounded):
     """F32 equals the adapted model; BF16 and Q8_0 load and stay within what their rounding explains."""
     model, tokenizer = adapted
+    files = model.save_pretrained_gguf(tmp_path, tokenizer, ["f32", rounded], verbose=False)
     ids = tokenizer(PROMPTS[2])["input_ids"]
     ours = log_probs(model, ids)
     base, _ = lora_jax.from_pretrained(smollm2, load_in_4bit=False, dtype="float32", progress=False)
     assert np.abs(ours - log_probs(base, ids)).max() > 0.1  # the adapter matters
     limits = {"F32": 5e-4, "BF16": 0.3, "Q8_0": 1.0}  # largest log-probability difference over 49,152 tokens
-    for path, (name, limit) in zip(files, limits.items(), strict=True):
+    for path, name in zip(files, ("F32", rounded.upper()), strict=True):
+        limit = limits[name]
         assert name in path.name
         with LlamaCpp(path, model.config.vocab_size) as server:
             theirs = server.logprobs(ids)

@@ -301,8 +301,6 @@ def test_doctor_says_what_to_mend(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_export_in_every_format(
     finished: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import gguf
-
     out = tmp_path / "out"
     formats = [part for name in ("peft", "hf", "gguf:f16", "gguf:q8_0") for part in ("--to", name)]
     assert run("export", finished, *formats, "--out", out) == 0
@@ -316,7 +314,8 @@ def test_export_in_every_format(
     files = sorted((out / "gguf").glob("*.gguf"))
     assert len(files) == 2
     for path in files:
-        assert len(gguf.GGUFReader(path).tensors) == 2 + 2 * 9
+        with path.open("rb") as file:  # magic and version, the number of tensors; a reader takes seconds for the rest
+            assert int.from_bytes(file.read(16)[8:], "little") == 2 + 2 * 9
     assert run("export", finished, "--to", "peft", "--out", out) == 2
     assert "--overwrite" in capsys.readouterr().err
 

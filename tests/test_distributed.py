@@ -50,7 +50,7 @@ class Processes:
 
     def __init__(self, folder: Path, section: str, count: int, devices: int, launcher: Any = None, **how: Any) -> None:
         address = f"localhost:{free_port()}" if launcher is None else "launcher"
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"  # the last counts
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-W", "error", "-m", "tests.one_of_several", address, str(count)]
         self.began, self.logs = time.monotonic(), [folder / f"{section}-{number}.log" for number in range(count)]
@@ -223,12 +223,14 @@ def continue_from(folder: Path, out: str) -> None:
     shutil.copytree(folder / "two", folder / out, ignore=shutil.ignore_patterns("checkpoint-4"))
 
 
+@pytest.mark.turns("what becomes of a run of two processes")
 def test_a_run_goes_on_in_one_process(folder, two, alone):
     continue_from(folder, "resumed")
     one_of_several.train(folder, out="resumed", resume=True, **ALONE)
     assert_as_alone(folder, "resumed", alone)
 
 
+@pytest.mark.turns("what becomes of a run of two processes")
 def test_when_one_process_dies_the_other_says_so(folder, two):
     """On another mesh than the run began on."""
     continue_from(folder, "dying")
@@ -401,6 +403,7 @@ MIXTURE = {**MODELS["8B"], "architectures": ["MixtralForCausalLM"], "num_local_e
 MIXTURE["num_hidden_layers"] = 2
 
 
+@pytest.mark.turns("plans for several GPUs")
 def test_other_axes_where_rows_and_weights_are_not_enough():
     """A row of 131,072 tokens of 8B on eight GPUs of 24 GB; a mixture that no mesh of rows fits."""
     long = planned("8B", "8x24GB", length=131072)
@@ -425,6 +428,7 @@ def test_other_axes_where_rows_and_weights_are_not_enough():
     assert mixture.wire.between == 2 * (5 * 8192 * 4096 * 2 + 5 * 4 * 8192 * 2)
 
 
+@pytest.mark.turns("plans for several GPUs")
 def test_models_that_one_gpu_cannot_hold():
     """Bytes of weights: 4.127 bits a weight of the layers, 16 of the two tables, which are shared out as well."""
     for model, gpus, weights in (("34B", "2x24GB", 34.4e9), ("70B", "4x48GB", 70.6e9), ("405B", "8x80GB", 405.9e9)):
@@ -441,6 +445,7 @@ def test_models_that_one_gpu_cannot_hold():
     assert plans[4, 2].plan is None  # 100 GiB of weights on each
 
 
+@pytest.mark.turns("plans for several GPUs")
 def test_estimated_seconds():
     eight = planned("8B", "8xH100", batch=2)
     for plan in eight.values():

@@ -215,7 +215,9 @@ def test_parameter_counts_and_what_is_printed(folder, capsys):
 # Layer selection.
 
 
-@pytest.mark.parametrize("nf4", [None, "nf4-double"])
+@pytest.mark.parametrize(
+    "nf4", [pytest.param(kind, marks=pytest.mark.rotate(str(kind))) for kind in (None, "nf4-double")]
+)
 @pytest.mark.parametrize(
     ("layers", "stacks"),
     [
@@ -270,6 +272,7 @@ def gradients(model):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}
 
 
+@pytest.mark.rotate
 @pytest.mark.parametrize(
     "options",
     [

@@ -61,6 +61,7 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.turns("real models and whole programs")
 @pytest.mark.rotate("notebook scripts")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_script_runs(name, tmp_path):

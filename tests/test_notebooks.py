@@ -20,6 +20,7 @@ SAID = {
 }
 
 
+@pytest.mark.turns("real models and whole programs")
 @pytest.mark.rotate
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(notebook: Path, smollm2: Path, tmp_path: Path) -> None:

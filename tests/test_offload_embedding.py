@@ -44,6 +44,7 @@ def compiled_step(model, batch):
     return make_train_step(model, optimizer).lower(*arguments).compile(), arguments
 
 
+@pytest.mark.rotate
 @pytest.mark.parametrize(
     "lora",
     [{}, {"target_modules": ["q_proj", "embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}],
@@ -79,6 +80,7 @@ def test_the_planner_counts_what_the_program_holds(folder):
     assert need.inputs == arguments[3]["inputs_embeds"].nbytes
 
 
+@pytest.mark.turns("weights in the host's memory")
 def test_the_trainer_evaluation_and_generation_are_the_same(folder, tmp_path):
     results = []
     for offload in (True, False):

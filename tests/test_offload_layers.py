@@ -64,6 +64,7 @@ def test_steps_are_the_same(models, remat):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.rotate
 def test_nothing_is_kept_of_copied_weights(models):
     """What backward keeps is smaller than one layer's codes would be: they are copied again."""
     model = models[1]
@@ -93,6 +94,8 @@ def test_weights_are_on_the_host_and_the_planner_knows(models):
     assert works[1].streamed == codes == works[0].weights - works[1].weights > 0 == works[0].streamed
 
 
+@pytest.mark.turns("weights in the host's memory")
+@pytest.mark.rotate
 def test_generation_merging_and_moving_are_the_same(models):
     usual, streamed = models
     prompt = [[1, 2, 3, 4, 5]]

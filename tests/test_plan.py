@@ -305,10 +305,12 @@ def test_what_makes_a_step_longer():
 # ---- the choice ---------------------------------------------------------------------------------------------------
 
 
-def test_more_memory_never_makes_the_choice_slower():
+@pytest.mark.rotate
+@pytest.mark.parametrize("first", [75, 78, 81])
+def test_more_memory_never_makes_the_choice_slower(first):
     work, last = eight_b(), math.inf
     kinds = set()
-    for tenths in range(75, 200, 3):
+    for tenths in range(first, 200, 9):
         budget = int(tenths / 10 * GIB)
         chosen = plan.choose(work, H100, budget)
         assert memory(work, chosen, H100).total <= budget
@@ -317,8 +319,8 @@ def test_more_memory_never_makes_the_choice_slower():
         assert len(chosen.groups) <= 4
         kinds.add(str(chosen))
         last = now
-    assert "selective" in kinds
-    assert len(kinds) > 25  # by so many layers at a time
+    assert len(kinds) > 8  # by so many layers at a time
+    assert plan.choose(work, H100, 18 * GIB) == PRESETS["selective"]
     assert plan.choose(work, H100, 80 * GIB) == PRESETS["none"]
     # In between, the choice is faster than the best preset that fits.
     assert sum(seconds(work, plan.choose(work, H100, 16 * GIB), H100).values()) < 0.9 * sum(
@@ -326,10 +328,12 @@ def test_more_memory_never_makes_the_choice_slower():
     )
 
 
-def test_tensors_are_kept_in_8_bits_only_if_that_is_allowed():
+@pytest.mark.rotate
+@pytest.mark.parametrize("first", [8, 9, 10])
+def test_tensors_are_kept_in_8_bits_only_if_that_is_allowed(first):
     work, last = eight_b(), math.inf
     faster = 0
-    for budget in range(8 * GIB, 26 * GIB, GIB):
+    for budget in range(first * GIB, 26 * GIB, 3 * GIB):
         chosen = plan.choose(work, H100, budget)
         assert "save_quantized" not in str(chosen)
         allowed = plan.choose(work, H100, budget, quantized_activations=True)
@@ -340,7 +344,7 @@ def test_tensors_are_kept_in_8_bits_only_if_that_is_allowed():
         assert (allowed == chosen) == (now == exact)
         faster += now < 0.98 * exact
         last = now
-    assert faster >= 3
+    assert faster >= 1
     assert plan.choose(work, H100, 80 * GIB, quantized_activations=True) == PRESETS["none"]
     # Where layers' inputs are too many for the device and the host, half of their bytes may do.
     alone = dataclasses.replace(H100, host_memory=0)
@@ -656,6 +660,7 @@ def test_train_refuses_what_cannot_fit_before_it_loads(config_only, tmp_path, mo
 
 # Where attention and its log-sum-exp are saved, its kernel stands in the forward pass alone: once for each of 32
 # layers, or of 16 layers of which 10 compute it again.
+@pytest.mark.turns("whole steps compiled for GPUs")
 @pytest.mark.rotate
 @pytest.mark.parametrize(
     ("capability", "case", "attention_forward"),

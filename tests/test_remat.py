@@ -108,16 +108,16 @@ def test_no_plan_changes_loss_or_gradients(adapted, exact, name):
     assert_equal_results(loss_and_gradients(adapted, plan), exact, exact=name != "groups of one")
 
 
-_PRESET = [pytest.param(name, marks=pytest.mark.rotate("presets")) for name in ("none", "full", "offload")]
-
-
-@pytest.mark.parametrize("plan", [*_PRESET, MIXED["groups of one"]], ids=str)
+@pytest.mark.turns("plans of rematerialisation")
+@pytest.mark.rotate
+@pytest.mark.parametrize("plan", ["none", "full", "offload", MIXED["groups of one"]], ids=str)
 def test_layers_written_out_give_the_same(quantized, plan):
     """One stack of them is cut by the last plan, and one layer has no adapter."""
     want = loss_and_gradients(quantized, "none")
     assert_equal_results(loss_and_gradients(quantized, plan, scan_layers=False), want, exact=False)
 
 
+@pytest.mark.turns("plans of rematerialisation")
 @pytest.mark.rotate
 @pytest.mark.parametrize(("rows", "dropout"), [(7, False), (23, False), (7, True)])
 def test_feed_forward_layers_in_parts_give_the_same(quantized, rows, dropout):
@@ -127,6 +127,7 @@ def test_feed_forward_layers_in_parts_give_the_same(quantized, rows, dropout):
     assert_equal_results(loss_and_gradients(quantized, plan, dropout=dropout), want, exact=dropout)
 
 
+@pytest.mark.turns("plans of rematerialisation")
 def test_a_plan_may_name_the_implementation_of_attention(quantized):
     plan = RematPlan.of([{"layers": "rest", "input": "save"}, {"mlp_rows": 8}, {"flash_attention": "xla"}])
     assert RematPlan.of(plan.to_list()) == plan
@@ -152,6 +153,7 @@ LONG_ROWS = {
 }
 
 
+@pytest.mark.turns("plans of rematerialisation")
 @pytest.mark.rotate
 @pytest.mark.parametrize("name", LONG_ROWS)
 def test_plans_of_very_long_rows_give_the_same_at_8192_tokens(tmp_path, name):
@@ -175,6 +177,7 @@ def distance(got, want) -> float:
 CODES = 3e-3
 
 
+@pytest.mark.turns("tensors kept in 8 bits")
 def test_tensors_in_8_bits_leave_the_loss_and_hardly_move_gradients(adapted, exact):
     results = {name: loss_and_gradients(adapted, plan) for name, plan in QUANTIZED.items()}
     for loss, gradients in results.values():
@@ -185,6 +188,7 @@ def test_tensors_in_8_bits_leave_the_loss_and_hardly_move_gradients(adapted, exa
     assert distance(written_out, results["some of each"]) < CODES
 
 
+@pytest.mark.turns("tensors kept in 8 bits")
 def test_backward_of_attention_reads_the_rounded_keys_and_values(adapted, exact, monkeypatch):
     """As a rule by hand does: forward with the exact ones, backward as if it had been with the rounded ones."""
     attention = decoder.flash_attention
@@ -209,6 +213,7 @@ def test_backward_of_attention_reads_the_rounded_keys_and_values(adapted, exact,
     assert distance(got, want) < CODES
 
 
+@pytest.mark.turns("plans of rematerialisation")
 def test_groups_of_a_plan_may_cut_across_stacks(quantized):
     want = loss_and_gradients(quantized, "none")
     assert_equal_results(loss_and_gradients(quantized, MIXED["groups of one"]), want, exact=False)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import tiny
 
 CHILD = """
@@ -52,6 +54,7 @@ def run_until(model: Path, out: Path, line: str) -> str:
     return said
 
 
+@pytest.mark.turns("resumed runs end with the same bits")
 def test_a_killed_llama_run_ends_with_the_same_bits(tmp_path):
     model = tiny.write_folder(tmp_path / "model", tokenizer=False)
     run_until(model, tmp_path / "whole", "done")

@@ -32,8 +32,8 @@ def on_eight(section: str, where: Path) -> list[dict[str, Any]]:
     command = [sys.executable, "-W", "error", "-m", "tests.sharding_on_eight", section, str(where)]
     # No programs from the compilation cache: on CPUs the devices of one that was read back can run its collectives in
     # different orders, and wait for each other for ever.
-    alone = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    environment = {**os.environ, **alone, "PYTHONPATH": str(ROOT)}
+    alone = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **alone}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -63,8 +63,10 @@ def kinds(found: list[list]) -> set[tuple[str, str, int]]:
     return {(kind, dtype, devices) for kind, dtype, devices, *_ in found}
 
 
-def test_every_kind_of_mesh_is_equal_to_one_device_over_twenty_steps(tmp_path):
-    check_meshes(on_eight("dense", tmp_path))
+@pytest.mark.rotate
+@pytest.mark.parametrize("axis", ["fsdp", "tensor", "context"])
+def test_every_kind_of_mesh_is_equal_to_one_device_over_twenty_steps(tmp_path, axis):
+    check_meshes(on_eight(axis, tmp_path))
 
 
 def check_meshes(results: list[dict[str, Any]]) -> None:
@@ -146,13 +148,15 @@ CHECKS = {
 }
 
 
-@pytest.mark.rotate("sharding")
+@pytest.mark.turns("sharding")
+@pytest.mark.rotate
 @pytest.mark.parametrize("section", CHECKS)
 def test_models_settings_and_runs_are_equal_to_one_device(section, tmp_path, request):
     where = request.getfixturevalue("smollm2") if section == "real" else tmp_path
     CHECKS[section](on_eight(section, where))
 
 
+@pytest.mark.turns("sharding")
 def test_a_step_sends_a_quarter_of_the_bytes_and_keeps_nothing_whole(tmp_path):
     two, four, wide, two_written_out, four_written_out = on_eight("large", tmp_path)
     layer = sum(n * k // 2 + n * k // 64 for n, k in LLAMA)
@@ -188,6 +192,7 @@ def lowered(model) -> str:
     return make_train_step(model, optimizer).lower(lora, optimizer.init(lora), frozen, batch).as_text()
 
 
+@pytest.mark.turns("whole steps compiled for GPUs")
 @pytest.mark.rotate
 @pytest.mark.parametrize("remat", ["selective", "none", "offload"])
 def test_weights_of_a_layer_travel_in_one_gather_while_the_layer_before_is_at_work(compile_for_gpus, remat):

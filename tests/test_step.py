@@ -141,6 +141,7 @@ def assert_close(got, want, tolerance):
         assert np.linalg.norm(g - w) <= tolerance * np.linalg.norm(w), jax.tree_util.keystr(path)
 
 
+@pytest.mark.rotate
 @pytest.mark.parametrize("window", [None, 7])
 def test_packed_rows_give_the_loss_and_gradient_of_padded_rows(window):
     changes = {} if window is None else {"architectures": ["MistralForCausalLM"], "sliding_window": window}
@@ -229,6 +230,7 @@ def shapes_in(text: str) -> list[tuple[int, ...]]:
     return [tuple(int(d) for d in dims.split(",") if d) for dims in found]
 
 
+@pytest.mark.rotate
 @pytest.mark.parametrize("remat", PRESETS)
 def test_the_compiled_step_keeps_no_dense_weight_and_no_logits(remat):
     """No dequantised weight is saved, stacked or carried, and no array of tokens times vocabulary exists."""

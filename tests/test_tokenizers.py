@@ -36,6 +36,7 @@ def packages() -> Path:
     return folder
 
 
+@pytest.mark.turns("vocabularies")
 @pytest.mark.oracle
 @pytest.mark.rotate
 @pytest.mark.parametrize("name", FILES)

@@ -101,6 +101,7 @@ def test_what_it_says(tmp_path, capsys):
     assert "as NF4" in out and "the experts are in bfloat16" in out
 
 
+@pytest.mark.turns("checkpoints of bitsandbytes")
 @pytest.mark.oracle
 def test_transformers_and_bitsandbytes_read_them(oracle, tmp_path):
     for name in ("models", "out"):
@@ -125,6 +126,8 @@ def test_transformers_and_bitsandbytes_read_them(oracle, tmp_path):
             np.testing.assert_array_equal(got.get(key, got.get(ours)), want[ours], err_msg=f"{name}: {key}")
 
 
+@pytest.mark.turns("checkpoints of bitsandbytes")
+@pytest.mark.rotate
 @pytest.mark.oracle
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
 def test_other_block_sizes_are_read(double, oracle, tmp_path):

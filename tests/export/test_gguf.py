@@ -83,15 +83,18 @@ def smollm2_tensors(smollm2: Path) -> dict[str, SafetensorsSource]:
 
 
 @pytest.fixture(scope="module")
-def smollm2_files(
+def smollm2_file(
     smollm2: Path, smollm2_tensors: dict[str, SafetensorsSource], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+) -> Callable[[str], Path]:
+    """`smollm2_file(file type) -> path`, written when it is first asked for."""
     folder = tmp_path_factory.mktemp("smollm2-gguf")
     config = json.loads((smollm2 / "config.json").read_text())
-    return {
-        kind: write_gguf(folder / f"{kind}.gguf", smollm2_tensors, config, smollm2, kind, progress=False)
-        for kind in FILE_TYPES
-    }
+
+    def write(kind: str) -> Path:
+        path = folder / f"{kind}.gguf"
+        return path if path.exists() else write_gguf(path, smollm2_tensors, config, smollm2, kind, progress=False)
+
+    return write
 
 
 @pytest.fixture(scope="module")
@@ -101,22 +104,31 @@ def smollm2_tokenizer(smollm2: Path) -> Any:
     return AutoTokenizer.from_pretrained(smollm2)
 
 
-def test_smollm2_f32_tensors_equal_the_safetensors(
-    smollm2_files: dict[str, Path], smollm2_tensors: dict[str, SafetensorsSource]
-) -> None:
+@pytest.fixture(scope="module")
+def smollm2_original(smollm2: Path) -> gguf.GGUFReader:
+    """Which takes seconds to read."""
     from lora_jax.tools.smollm2 import fetch_gguf
 
-    ours = {t.name: t for t in gguf.GGUFReader(smollm2_files["f32"]).tensors}
-    original = {t.name: t for t in gguf.GGUFReader(fetch_gguf()).tensors}
+    return gguf.GGUFReader(fetch_gguf())
+
+
+def test_smollm2_f32_tensors_equal_the_safetensors(
+    smollm2_file: Callable[[str], Path],
+    smollm2_tensors: dict[str, SafetensorsSource],
+    smollm2_original: gguf.GGUFReader,
+) -> None:
+    ours = {t.name: t for t in gguf.GGUFReader(smollm2_file("f32")).tensors}
+    original = {t.name: t for t in smollm2_original.tensors}
     assert ours.keys() == original.keys() and len(ours) == len(smollm2_tensors) == 272
     for name, tensor in original.items():  # the folder holds the original, dequantised: the round trip is exact
         np.testing.assert_array_equal(ours[name].data, gguf.quants.dequantize(tensor.data, tensor.tensor_type), name)
 
 
-def test_smollm2_metadata_equal_the_original(smollm2_files: dict[str, Path]) -> None:
-    from lora_jax.tools.smollm2 import fetch_gguf
-
-    ours, original = fields(smollm2_files["q8_0"]), fields(fetch_gguf())
+def test_smollm2_metadata_equal_the_original(
+    smollm2_file: Callable[[str], Path], smollm2_original: gguf.GGUFReader
+) -> None:
+    ours = fields(smollm2_file("f32"))
+    original = {key: field.contents() for key, field in smollm2_original.fields.items()}
     # where the model came from, which a config.json does not say; and what differs by intent
     unknown = {"general.organization", "general.finetune", "general.basename", "general.license", "general.languages"}
     different = {"GGUF.kv_count", "general.name", "general.file_type"}
@@ -124,34 +136,37 @@ def test_smollm2_metadata_equal_the_original(smollm2_files: dict[str, Path]) -> 
         assert ours[key] == original[key], key
     added = {"llama.attention.key_length", "llama.attention.value_length", "tokenizer.ggml.add_eos_token"}
     assert ours.keys() - original.keys() == added
-    assert ours["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q8_0 and ours["general.name"] == "q8_0"
+    assert ours["general.file_type"] == gguf.LlamaFileType.ALL_F32 and ours["general.name"] == "f32"
 
 
-def test_smollm2_runs_in_llamacpp(smollm2_files: dict[str, Path], smollm2_tokenizer: Any) -> None:
+@pytest.mark.rotate
+@pytest.mark.parametrize("rounded", ["f16", "bf16", "q8_0"])
+def test_smollm2_runs_in_llamacpp(rounded: str, smollm2_file: Callable[[str], Path], smollm2_tokenizer: Any) -> None:
     """Against the F32 file. Limits: F16 0.1 (measured 0.02 to 0.05), BF16 0.3 (0.13 to 0.19; llama.cpp rounds the
     activations too), Q8_0 KL 0.02 nats (0.005 to 0.012)."""
     prompts = ["The capital of France is", "def fibonacci(n):\n    if n <= 1:\n        return"]
     ids = [smollm2_tokenizer(prompt)["input_ids"] for prompt in prompts]
     found: dict[str, list[np.ndarray]] = {}
-    for kind, path in smollm2_files.items():
-        with LlamaCpp(path, 49152) as llama:
+    for kind in ("f32", rounded):
+        with LlamaCpp(smollm2_file(kind), 49152) as llama:
             found[kind] = [llama.logprobs(prompt) for prompt in ids]
             assert "Paris" in llama.complete(prompts[0], n_predict=8)["content"]
     for i in range(len(prompts)):
-        base = found["f32"][i]
-        assert np.abs(centred_difference(found["f16"][i], base)).max() <= 0.1
-        assert np.abs(centred_difference(found["bf16"][i], base)).max() <= 0.3
-        kl = np.sum(np.exp(base.astype(np.float64)) * (base - found["q8_0"][i]))
-        assert -1e-3 <= kl <= 0.02  # (the server's normaliser is off by 1e-4)
+        base, other = found["f32"][i], found[rounded][i]
+        if rounded == "q8_0":
+            kl = np.sum(np.exp(base.astype(np.float64)) * (base - other))
+            assert -1e-3 <= kl <= 0.02  # (the server's normaliser is off by 1e-4)
+        else:
+            assert np.abs(centred_difference(other, base)).max() <= {"f16": 0.1, "bf16": 0.3}[rounded]
 
 
 def test_smollm2_tokenizer_and_chat_template_equal_transformers(
-    smollm2_files: dict[str, Path], smollm2_tokenizer: Any
+    smollm2_file: Callable[[str], Path], smollm2_tokenizer: Any
 ) -> None:
     strings = [*TRICKY, "<|im_start|>user\nhi<|im_end|>\n", "x<|endoftext|>y"]
     chat = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello!"}]
     chat.append({"role": "user", "content": "2 + 2?\n"})
-    with LlamaCpp(smollm2_files["q8_0"], 49152) as llama:
+    with LlamaCpp(smollm2_file("f32"), 49152) as llama:
         for text in strings:
             assert llama.tokenize(text) == smollm2_tokenizer(text, add_special_tokens=False)["input_ids"], text
             assert llama.tokenize(text, add_special=True) == smollm2_tokenizer(text)["input_ids"], text
@@ -485,7 +500,13 @@ def weights_of(config: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("file_type", FILE_TYPES)
-@pytest.mark.parametrize("family", [MIXTRAL, DEEPSEEK])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(MIXTRAL, id="mixtral", marks=pytest.mark.rotate("mixtral")),
+        pytest.param(DEEPSEEK, id="deepseek", marks=pytest.mark.rotate("deepseek")),
+    ],
+)
 def test_verification_finds_one_wrong_element_of_any_tensor(
     family: dict[str, Any], file_type: str, export: Callable[..., Path]
 ) -> None:
@@ -632,6 +653,7 @@ def peak_of_export(export: Callable[..., Path], config: dict[str, Any], file_typ
         tracemalloc.stop()
 
 
+@pytest.mark.rotate
 @pytest.mark.parametrize("file_type", ["f32", "q8_0"])
 def test_memory_is_a_few_of_the_largest_tensors(file_type: str, export: Callable[..., Path]) -> None:
     """32 layers, 105 MB; the largest tensor (down_proj) has 1 MB, the chunk of the conversion 16 MB at most."""
@@ -642,6 +664,7 @@ def test_memory_is_a_few_of_the_largest_tensors(file_type: str, export: Callable
     assert peak < 14 * largest, f"{peak / 1e6:.1f} MB at the peak, the largest tensor has {largest / 1e6:.1f} MB"
 
 
+@pytest.mark.rotate
 @pytest.mark.parametrize("file_type", ["f32", "q8_0"])
 def test_memory_is_one_linear_layer_of_all_experts(file_type: str, export: Callable[..., Path]) -> None:
     """4 layers of 48 experts, 75 MB in float32; all of a layer's down projections have 6 MB."""

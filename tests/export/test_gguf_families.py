@@ -280,6 +280,7 @@ def test_llamacpp_computes_the_same(name, tmp_path, capfd, monkeypatch):
     assert ("long factors" in capfd.readouterr().err) == ("longrope" in name)
 
 
+@pytest.mark.turns("exports of mixtures")
 def test_an_adapter_on_experts_in_nf4(tmp_path):
     architecture, changes = MODELS["deepseek-v3"]
     model = tiny.open_model(write_model(tmp_path / "model", architecture, **changes), "nf4-double")

@@ -80,6 +80,7 @@ OPTIONS = {
 # ---- both layouts, by ourselves -----------------------------------------------------------------------------------
 
 
+@pytest.mark.rotate
 @pytest.mark.parametrize(
     ("family", "options"),
     [*((family, "router") for family in MODELS), ("mixtral", "default"), ("deepseek_v2", "layer")],
@@ -152,6 +153,7 @@ def test_which_layout_is_the_default(models, tmp_path):
     assert not is_fused("deepseek_v2", target_modules=["o_proj", "kv_b_proj"])
 
 
+@pytest.mark.turns("exports of mixtures")
 def test_separate_experts_of_some_layers(models, tmp_path):
     """PEFT takes either a regex or `layers_to_transform`."""
     folder = adapted(models["mixtral"], layers_to_transform=1).save_pretrained(tmp_path / "a", expert_layout="separate")
@@ -294,6 +296,7 @@ def assert_same_logits(got, want) -> None:
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.turns("adapters in PEFT")
 @pytest.mark.oracle
 def test_peft_loads_both_layouts_with_the_same_logits(by_peft, models):
     _, theirs, held = by_peft
@@ -309,6 +312,7 @@ def test_peft_loads_both_layouts_with_the_same_logits(by_peft, models):
         assert not [text for text in warnings[name] if "missing" in text or "unexpected" in text], name
 
 
+@pytest.mark.turns("adapters in PEFT")
 @pytest.mark.oracle
 def test_what_peft_saves_is_loaded(by_peft, models):
     """Adapters of ours that went through PEFT, and adapters that PEFT made for all experts."""

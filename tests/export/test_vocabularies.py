@@ -113,6 +113,7 @@ def strip_as_published(folder: Path) -> None:
     file.write_text(json.dumps(spec))
 
 
+@pytest.mark.turns("vocabularies")
 @pytest.mark.oracle
 @pytest.mark.rotate
 @pytest.mark.parametrize("family", FAMILIES)

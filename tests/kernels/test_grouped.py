@@ -181,11 +181,12 @@ def test_dropout(implementation, dtype):
 @pytest.mark.parametrize(
     ("routing", "shape", "rank", "base"),
     [
-        ("odd", (96, 64), 5, "nf4-double"),
-        ("rows left over", (50, 36), 3, "float"),  # neither divides the tiles
-        ("skewed, empty experts", (64, 128), 16, "nf4"),
-        ("even", (48, 192), 4, "nf4-double"),  # few rows an expert, K no multiple of the step
-        ("no row routed", (64, 64), 2, "float"),
+        pytest.param("odd", (96, 64), 5, "nf4-double", marks=pytest.mark.rotate("NF4")),
+        pytest.param("rows left over", (50, 36), 3, "float", marks=pytest.mark.rotate("float")),  # no divisor of tiles
+        pytest.param("skewed, empty experts", (64, 128), 16, "nf4", marks=pytest.mark.rotate("NF4")),
+        # Few rows an expert, K no multiple of the step.
+        pytest.param("even", (48, 192), 4, "nf4-double", marks=pytest.mark.rotate("NF4")),
+        pytest.param("no row routed", (64, 64), 2, "float", marks=pytest.mark.rotate("float")),
     ],
 )
 def test_triton_in_the_interpreter(routing, shape, rank, base):
@@ -289,13 +290,18 @@ def check_joined(implementation, sizes, m, widths, k, ranks, base="nf4-double", 
 @pytest.mark.parametrize("routing", ["odd", "rows left over"])
 @pytest.mark.parametrize(
     ("implementation", "base", "dtype"),
-    [("xla", "nf4", jnp.float32), ("triton", "nf4-double", jnp.bfloat16), ("triton", "float", jnp.bfloat16)],
+    [
+        pytest.param("xla", "nf4", jnp.float32, marks=pytest.mark.rotate("xla")),
+        pytest.param("triton", "nf4-double", jnp.bfloat16, marks=pytest.mark.rotate("triton")),
+        pytest.param("triton", "float", jnp.bfloat16, marks=pytest.mark.rotate("triton")),
+    ],
 )
 def test_several_weights(routing, implementation, base, dtype):
     sizes, m = ROUTING[routing]
     check_joined(implementation, sizes, m, (96, 64), 64, (3, 5), base, dtype)
 
 
+@pytest.mark.turns("grouped products of several weights")
 @pytest.mark.parametrize(("rows", "calls"), [(77, 2), (20, 4)])
 def test_many_rows_are_read_once_for_several_weights(rows, calls):
     """One product with all adapters' first factors and one with all weights; few rows are multiplied one by one."""
@@ -305,6 +311,7 @@ def test_many_rows_are_read_once_for_several_weights(rows, calls):
     assert sum(name.startswith("grouped_matmul") for name in names) == calls
 
 
+@pytest.mark.turns("grouped products of several weights")
 def test_one_weight_of_several_without_an_adapter():
     sizes = jnp.asarray([40, 0, 30, 7], jnp.int32)
     cases = [case(4, n, 64, 4, 77, "nf4-double", jnp.bfloat16) for n in (96, 64)]

@@ -85,6 +85,7 @@ def check(sizes, m, k, f, ranks, *, activation="silu", clamp=None, biased=False,
                 assert not one[sum(sizes) :].any(), name  # rows of no expert
 
 
+@pytest.mark.rotate
 @pytest.mark.parametrize(
     ("sizes", "m", "options"),
     [

@@ -332,12 +332,15 @@ def in_numpy(monkeypatch):
 @pytest.mark.parametrize(
     ("m", "n", "k", "rank", "double_quantize", "tiles"),
     [
-        (1, 70, 64, 0, False, mf.Tiles(warps=4, splits=4)),  # K is less than one block for each warp
-        (3, 77, 192, 5, True, mf.Tiles(warps=4, splits=2)),  # warps with different numbers of blocks, two groups
-        (16, 130, 512, 16, True, mf.Tiles(warps=8, splits=8, units=2, blocks=2)),
-        (17, 129, 1024, 40, True, mf.Tiles(warps=4, splits=4, per_sm=4)),  # x does not fit into shared memory
-        (64, 96, 256, 17, False, mf.Tiles(warps=4, splits=1, units=2, blocks=1)),
-        (9, 100, 320, 256, True, mf.Tiles(warps=16, splits=16, per_sm=2)),  # the adapter takes every warp
+        pytest.param(*case, marks=pytest.mark.rotate("17 rows or more" if case[0] > 16 else "16 rows or fewer"))
+        for case in (
+            (1, 70, 64, 0, False, mf.Tiles(warps=4, splits=4)),  # K is less than one block for each warp
+            (3, 77, 192, 5, True, mf.Tiles(warps=4, splits=2)),  # warps with different numbers of blocks, two groups
+            (16, 130, 512, 16, True, mf.Tiles(warps=8, splits=8, units=2, blocks=2)),
+            (17, 129, 1024, 40, True, mf.Tiles(warps=4, splits=4, per_sm=4)),  # x does not fit into shared memory
+            (64, 96, 256, 17, False, mf.Tiles(warps=4, splits=1, units=2, blocks=1)),
+            (9, 100, 320, 256, True, mf.Tiles(warps=16, splits=16, per_sm=2)),  # the adapter takes every warp
+        )
     ],
 )
 def test_instructions(m, n, k, rank, double_quantize, tiles, in_numpy):
@@ -375,13 +378,16 @@ def test_layers_of_a_stack(m, n, k, rank, double_quantize, tiles, in_numpy, monk
 @pytest.mark.parametrize(
     ("m", "n", "k", "rank", "double_quantize", "tiles"),
     [
-        (1, 149, 1024, 16, True, mf.Tiles(warps=4, splits=4)),  # thread blocks of three and four units
-        (1, 33, 64, 0, False, mf.Tiles(warps=4, splits=1, blocks=1)),  # groups without a unit
-        (8, 70, 256, 5, False, mf.Tiles(warps=4, splits=4, blocks=1)),
-        (9, 117, 512, 5, False, mf.Tiles(warps=8, splits=4, units=2, blocks=2)),
-        (16, 209, 256, 0, True, mf.Tiles(warps=4, splits=4, blocks=1)),
-        (16, 131, 1024, 16, False, None),
-        (3, 35, 4096, 16, True, None),
+        pytest.param(*case, marks=pytest.mark.rotate("9 rows or more" if case[0] > 8 else "8 rows or fewer"))
+        for case in (
+            (1, 149, 1024, 16, True, mf.Tiles(warps=4, splits=4)),  # thread blocks of three and four units
+            (1, 33, 64, 0, False, mf.Tiles(warps=4, splits=1, blocks=1)),  # groups without a unit
+            (8, 70, 256, 5, False, mf.Tiles(warps=4, splits=4, blocks=1)),
+            (9, 117, 512, 5, False, mf.Tiles(warps=8, splits=4, units=2, blocks=2)),
+            (16, 209, 256, 0, True, mf.Tiles(warps=4, splits=4, blocks=1)),
+            (16, 131, 1024, 16, False, None),
+            (3, 35, 4096, 16, True, None),
+        )
     ],
 )
 def test_x_in_registers(m, n, k, rank, double_quantize, tiles, in_numpy, monkeypatch):

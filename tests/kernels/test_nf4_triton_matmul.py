@@ -36,6 +36,11 @@ def forward64(x, w, a, b):
     return base if a is None else base + SCALE * (float64(x) @ float64(a)) @ float64(b)
 
 
+def each(*cases):
+    """Each of them at every commit, with one set of the other parameters."""
+    return [pytest.param(*case, marks=pytest.mark.rotate(f"{case[0]} rows")) for case in cases]
+
+
 def check(run, want, standard, bound):
     """Every output is written, two runs are equal, the error is at most `bound` times the standard computation's."""
     got = run()
@@ -50,7 +55,7 @@ def check(run, want, standard, bound):
 @pytest.mark.parametrize(("left", "double_quantize"), [(True, True), (False, False)])
 @pytest.mark.parametrize(
     ("m", "n", "k", "rank", "blocks", "splits"),
-    [(1, 130, 256, 16, 2, 2), (3, 77, 192, 5, 1, 3), (16, 64, 64, 0, 1, 1), (33, 77, 256, 17, 4, 1)],
+    each((1, 130, 256, 16, 2, 2), (3, 77, 192, 5, 1, 3), (16, 64, 64, 0, 1, 1), (33, 77, 256, 17, 4, 1)),
 )
 def test_few_rows(m, n, k, rank, blocks, splits, left, double_quantize):
     x, _, w, a, b = problem(m, n, k, rank, double_quantize)
@@ -64,7 +69,7 @@ def test_few_rows(m, n, k, rank, blocks, splits, left, double_quantize):
 @pytest.mark.parametrize("double_quantize", [True, False])
 @pytest.mark.parametrize(
     ("m", "n", "k", "rank", "rows", "blocks"),
-    [(1, 64, 256, 16, 4, 4), (3, 77, 192, 5, 4, 2), (4, 33, 704, 40, 8, 4), (2, 40, 64, 0, 16, 1)],
+    each((1, 64, 256, 16, 4, 4), (3, 77, 192, 5, 4, 2), (4, 33, 704, 40, 8, 4), (2, 40, 64, 0, 16, 1)),
 )
 def test_gemv(m, n, k, rank, rows, blocks, double_quantize):
     x, _, w, a, b = problem(m, n, k, rank, double_quantize)
@@ -77,13 +82,13 @@ def test_gemv(m, n, k, rank, rows, blocks, double_quantize):
 @pytest.mark.parametrize("double_quantize", [True, False])
 @pytest.mark.parametrize(
     ("m", "rank", "config"),
-    [
+    each(
         (1, 16, Gemv(rows=8, blocks=2)),
         (3, 0, Gemv(rows=4, blocks=4)),
         (5, 16, tm.FewRows(blocks=1, splits=3)),
         (9, 5, tm.FewRows(blocks=1, splits=1, weight_left=True, together=False)),
         (65, 5, tm.ManyRows(bm=32, bn=64, group=2)),
-    ],
+    ),
 )
 def test_layers_of_a_stack(m, rank, config, double_quantize, monkeypatch):
     """Bitwise what the weight gives that is cut out; for few rows nothing is cut."""
@@ -99,7 +104,7 @@ def test_layers_of_a_stack(m, rank, config, double_quantize, monkeypatch):
 
 
 @pytest.mark.parametrize(("left", "double_quantize"), [(True, False), (False, True)])
-@pytest.mark.parametrize(("m", "n", "k", "rank", "bk"), [(77, 130, 128, 16, 64), (128, 64, 256, 0, 128)])
+@pytest.mark.parametrize(("m", "n", "k", "rank", "bk"), each((77, 130, 128, 16, 64), (128, 64, 256, 0, 128)))
 def test_many_rows(m, n, k, rank, bk, left, double_quantize):
     x, _, w, a, b = problem(m, n, k, rank, double_quantize)
     config = tm.ManyRows(bm=32, bn=64, bk=bk, group=2, weight_left=left)
@@ -109,7 +114,7 @@ def test_many_rows(m, n, k, rank, bk, left, double_quantize):
 
 
 @pytest.mark.parametrize("double_quantize", [True, False])
-@pytest.mark.parametrize(("m", "n", "k", "rank", "bn"), [(77, 130, 128, 16, 64), (64, 64, 256, 0, 128)])
+@pytest.mark.parametrize(("m", "n", "k", "rank", "bn"), each((77, 130, 128, 16, 64), (64, 64, 256, 0, 128)))
 def test_many_rows_transposed(m, n, k, rank, bn, double_quantize):
     x, dy, w, a, b = problem(m, n, k, rank, double_quantize)
     config = tm.ManyRows(bm=32, bn=bn, bk=32, group=2)

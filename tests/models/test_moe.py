@@ -107,6 +107,7 @@ def dense(layer, x):
     return y + gate * mlp(x, *(weight(part) for part in (shared.gate_proj, shared.up_proj, shared.down_proj)))
 
 
+@pytest.mark.rotate
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "normalize", "shared"),
     [(37, 5, 2, True, False), (1, 7, 3, False, True), (6, 16, 1, False, False), (9, 4, 4, True, True)],
@@ -158,6 +159,7 @@ def test_each_expert_is_quantised_by_itself(folder, double):
                 np.testing.assert_array_equal(got[layer, expert], leaf)
 
 
+@pytest.mark.turns("mixtures in NF4 and with dropout")
 def test_a_quantised_model_is_that_of_its_dequantised_weights(folder, tmp_path):
     model = tiny.randomize_adapter(get_peft_model(tiny.open_model(folder, "nf4"), r=4, verbose=False))
     weights = {name: Checkpoint(folder).read(name) for name in Checkpoint(folder).names}
@@ -277,6 +279,7 @@ def test_what_adapters_cannot_be(folder):
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.turns("plans of rematerialisation")
 @pytest.mark.rotate
 @pytest.mark.parametrize("plan", sorted(set(PRESETS) - {"none"}))
 def test_no_plan_of_rematerialisation_changes_loss_or_gradients(folder, plan):
@@ -294,6 +297,7 @@ def test_no_plan_of_rematerialisation_changes_loss_or_gradients(folder, plan):
         assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted)  # float32 sums in another order
 
 
+@pytest.mark.turns("mixtures in NF4 and with dropout")
 def test_dropout_of_experts_is_drawn_for_every_layer_and_linear_and_not_in_evaluation(folder):
     model = get_peft_model(tiny.open_model(folder), r=4, target_modules=TARGETS, lora_dropout=0.5, verbose=False)
     graph, lora, frozen = tiny.randomize_adapter(model).split()
@@ -341,6 +345,8 @@ def test_balancing_loss_of_even_and_uneven_loads():
     assert float(RouterLoad.none(8).balancing_loss()) == 0
 
 
+@pytest.mark.turns("balancing experts")
+@pytest.mark.rotate
 @pytest.mark.parametrize(("scan_layers", "remat"), [(True, "full"), (False, "selective")])
 def test_balancing_is_the_same_however_layers_run(folder, scan_layers, remat):
     case = balanced_case(folder, 0)
@@ -359,6 +365,7 @@ def test_balancing_counts_prompts_but_no_pads(folder):
     assert abs(everything[0][0] - want[0][0]) > 1e-4 * want[0][0]
 
 
+@pytest.mark.turns("balancing experts")
 def test_packed_rows_are_balanced_as_their_documents(folder):
     graph, lora, frozen, batch = balanced_case(folder, 2, rows=3)
     batch["labels"] = batch["labels"].at[:, 0].set(-100)
@@ -372,6 +379,7 @@ def test_packed_rows_are_balanced_as_their_documents(folder):
     assert_close(sum_and_grads(graph, lora, frozen, packed, router_aux_loss_coef=0.5), want)
 
 
+@pytest.mark.turns("balancing experts")
 def test_micro_batches_are_balanced_each_and_weighted_by_their_labels(folder):
     graph, lora, frozen, batch = balanced_case(folder, 3, rows=4)
     optimizer = optax.sgd(1.0)
@@ -388,6 +396,7 @@ def test_micro_batches_are_balanced_each_and_weighted_by_their_labels(folder):
     assert_close(new, want)
 
 
+@pytest.mark.turns("balancing experts")
 def test_trainer_balances_and_masks_pads(folder, tmp_path):
     rows = [{"input_ids": tiny.ids(1, n, seed=n)[0].tolist()} for n in (9, 17, 30)]
     losses = []

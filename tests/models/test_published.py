@@ -20,9 +20,11 @@ def test_number_of_parameters(name):
 
 
 @pytest.mark.oracle
-def test_names_and_shapes_are_those_of_transformers(oracle, tmp_path):
-    """Every tensor of every model above, where transformers builds it without memory, and no other."""
-    configs = {name: config for name, (config, _) in PUBLISHED.items()}
+@pytest.mark.rotate
+@pytest.mark.parametrize("first", range(3))
+def test_names_and_shapes_are_those_of_transformers(first, oracle, tmp_path):
+    """Every tensor of every third model above, where transformers builds it without memory, and no other."""
+    configs = {name: PUBLISHED[name][0] for name in list(PUBLISHED)[first::3]}
     (tmp_path / "in.json").write_text(json.dumps(configs))
     oracle("hf_names.py", tmp_path / "in.json", tmp_path / "out.json")
     by_transformers = json.loads((tmp_path / "out.json").read_text())

@@ -143,6 +143,7 @@ def test_out_folder_that_exists_is_refused(tmp_path: Path, monkeypatch: pytest.M
     assert demo._new_folder(None) == Path("outputs/demo-2")
 
 
+@pytest.mark.turns("real models and whole programs")
 def test_the_demo_runs_on_a_local_model(
     smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
