@@ -6,6 +6,7 @@ cache is float32 and flash attention is off: with llama.cpp's defaults (float16 
 float32 computation by 1e-2 instead of 5e-5.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -113,12 +114,17 @@ class LlamaCpp:
         request = urllib.request.Request(
             f"{self._address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never a proxy for loopback
         try:
-            with opener.open(request, timeout=300) as response:
+            with _opener().open(request, timeout=300) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"llama.cpp refused /{path}: {error.read().decode()}") from error
+
+
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
+    """Never a proxy for loopback. Made once: it reads all certificates, which takes longer than most answers."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def centred_difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
