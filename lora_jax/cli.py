@@ -202,6 +202,7 @@ def train(
     offload_embedding: Annotated[
         bool | None, _option("--offload-embedding", "Keep the embedding table in the host's memory.")
     ] = None,
+    offload_head: Annotated[bool | None, _option("--offload-head", "Keep lm_head there, too.")] = None,
     offload_layers: Annotated[
         bool | None, _option("--offload-layers", "Keep the layers' 4-bit weights in the host's memory.")
     ] = None,
@@ -298,7 +299,7 @@ def _train(settings: dict[str, Any], file: Settings, launch: dict[str, Any]) -> 
         rows = load_rows(files_of(own["data"]))
         eval_rows = load_rows(files_of(own["eval_data"])) if own["eval_data"] else None
     base: Any = {"load_in_4bit": own["load_in_4bit"] is not False, "dtype": own["dtype"]}
-    base |= {name: bool(own[name]) for name in ("offload_embedding", "offload_layers")}
+    base |= {name: bool(own[name]) for name in ("offload_embedding", "offload_head", "offload_layers")}
     name = _absolute(own["model"])
     config = resolve_folder(name, only_config=True) / "config.json"
     if config.exists() and args.mesh is None:  # not so for an adapter; the account is of one device
@@ -696,6 +697,7 @@ def plan(
     offload_embedding: Annotated[
         bool, typer.Option("--offload-embedding", help="The embedding table is kept in the host's memory.")
     ] = False,
+    offload_head: Annotated[bool, typer.Option("--offload-head", help="lm_head is kept there.")] = False,
     offload_layers: Annotated[
         bool, typer.Option("--offload-layers", help="The layers' 4-bit weights are kept there.")
     ] = False,
@@ -739,6 +741,7 @@ def plan(
         dtype=dtype,
         optim=optim,
         offload_embedding=offload_embedding,
+        offload_head=offload_head,
         offload_layers=offload_layers,
     )
     what = f"{model} in {'NF4' if load_in_4bit else '16 bits'}, adapter of rank {rank}, {batch} x {seq} tokens"
@@ -880,6 +883,7 @@ def bench(
     offload_embedding: Annotated[
         bool, typer.Option("--offload-embedding", help="The embedding table is kept in the host's memory.")
     ] = False,
+    offload_head: Annotated[bool, typer.Option("--offload-head", help="lm_head is kept there.")] = False,
     offload_layers: Annotated[
         bool, typer.Option("--offload-layers", help="The layers' 4-bit weights are kept there.")
     ] = False,
@@ -905,7 +909,7 @@ def bench(
     from lora_jax.lora import get_peft_model
 
     base: Any = {"load_in_4bit": load_in_4bit is not False, "dtype": dtype}
-    base |= {"offload_embedding": offload_embedding, "offload_layers": offload_layers}
+    base |= {"offload_embedding": offload_embedding, "offload_head": offload_head, "offload_layers": offload_layers}
     loaded, _ = from_pretrained(_absolute(model), **base, max_seq_length=seq)
     if loaded.lora_config is None:
         get_peft_model(loaded, r=rank, verbose=False)

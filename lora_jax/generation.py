@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from lora_jax.config import Names, resolve_names
+from lora_jax.models.streamed import on_device
 
 if TYPE_CHECKING:
     from lora_jax.model import CausalLM
@@ -42,7 +43,7 @@ def logits(model: "CausalLM", input_ids, attention_mask=None) -> jax.Array:
         raise ValueError(
             f"logits: want input_ids and attention_mask of one shape [B, T], got {ids.shape}, {mask.shape}"
         )
-    graph, lora, frozen = model.split()
+    graph, lora, frozen = _at_hand(model)
 
     def run(lora, frozen, ids, mask):
         module = nnx.merge(graph, lora, frozen)
@@ -147,7 +148,7 @@ def generate(
     stops = stop_ids(model) if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int32)).tolist()
     pad = pad_token_id if pad_token_id is not None else (stops[0] if stops else 0)
 
-    graph, lora, frozen = model.split()
+    graph, lora, frozen = _at_hand(model)
     forward = _jitted(model, "forward", graph, _forward(graph), donate_argnums=4)
     choose = _sample if do_sample else _greedy
     key, settings = jax.random.key(seed), (jnp.float32(temperature), jnp.float32(top_p), jnp.float32(min_p))
@@ -278,6 +279,19 @@ def _rows(input_ids, attention_mask) -> list[list[int]]:
     if not rows or not all(rows):
         raise ValueError("generate: a prompt is empty; give at least one token (for example the tokenizer's BOS)")
     return rows
+
+
+def _at_hand(model: "CausalLM") -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """`model.split()`; embedding table and head are on the device, where every token would wait for them."""
+    graph, lora, frozen = model.split()
+    if model.mesh is not None:
+        return graph, lora, frozen
+    device, tables = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), ("embed_tokens", "lm_head")
+
+    def there(path, x):
+        return jax.device_put(x, device) if path[0].key in tables and not on_device(x) else x
+
+    return graph, lora, jax.tree_util.tree_map_with_path(there, frozen)
 
 
 def _forward(graph: nnx.GraphDef) -> Callable:

@@ -26,7 +26,7 @@ from lora_jax.models.decoder import Decoder, Slot, full_names
 from lora_jax.models.hf_config import further_layers
 from lora_jax.models.linear import Linear, set_layer
 from lora_jax.models.registry import config_from_hf
-from lora_jax.models.streamed import Streamed, make_room, pin
+from lora_jax.models.streamed import Streamed, make_room, pin, to_host
 from lora_jax.reporting import console
 from lora_jax.sharding import check, make_mesh, move, shardings_of
 
@@ -45,6 +45,7 @@ def from_pretrained(
     dtype: DTypeLike | None = None,
     max_seq_length: int | None = None,
     offload_embedding: bool = False,
+    offload_head: bool = False,
     offload_layers: bool = False,
     mesh: str | Mapping[str, int] | Mesh | None = None,
     revision: str | None = None,
@@ -63,6 +64,7 @@ def from_pretrained(
         (float16 becomes bfloat16).
       max_seq_length: longest row that will be trained on; must not exceed what the model was made for.
       offload_embedding: keep the table of token embeddings in the host's memory; see `CausalLM.offload_embedding`.
+      offload_head: keep the weight of lm_head there; see `CausalLM.offload_head`.
       offload_layers: keep the layers' NF4 weights in the host's memory, for models that are too large for the device
         even so; see `CausalLM.offload_layers`.
       mesh: load straight into the memory of several devices: "auto", sizes such as {"fsdp": 8}, or a mesh; see
@@ -86,6 +88,7 @@ def from_pretrained(
         dtype=dtype,
         max_seq_length=max_seq_length,
         offload_embedding=offload_embedding,
+        offload_head=offload_head,
         offload_layers=offload_layers,
         mesh=mesh,
         revision=revision,
@@ -104,6 +107,7 @@ def load(
     dtype: DTypeLike | None,
     max_seq_length: int | None,
     offload_embedding: bool,
+    offload_head: bool,
     offload_layers: bool,
     mesh: str | Mapping[str, int] | Mesh | None,
     revision: str | None,
@@ -128,6 +132,7 @@ def load(
             dtype=dtype,
             max_seq_length=max_seq_length,
             offload_embedding=offload_embedding,
+            offload_head=offload_head,
             offload_layers=offload_layers,
             mesh=mesh,
             revision=None,  # that of the adapter's repository
@@ -155,6 +160,12 @@ def load(
         raise ValueError(
             f"offload_embedding=True: the head of {folder} is its embedding table, which the loss needs on the device"
         )
+    if offload_head and (mesh is not None or config.tie_embeddings):
+        raise ValueError(
+            "offload_head=True is for one device: leave out mesh, or offload_head"
+            if mesh is not None
+            else f"offload_head=True: the head of {folder} is its embedding table, which tokens are looked up in"
+        )
     if offload_layers and (mesh is not None or not load_in_4bit):
         raise ValueError(
             "offload_layers=True is for NF4 weights and one device: "
@@ -173,7 +184,11 @@ def load(
         agree("the model", {**how, "bytes": stored_bytes, "storage": str(nf4), "dtype": model_dtype.name})
     try:
         options: Any = {"nf4": nf4 or None, "dtype": model_dtype, "mesh": mesh, "progress": progress}
-        options |= {"offload_embedding": offload_embedding, "offload_layers": offload_layers}
+        options |= {
+            "offload_embedding": offload_embedding,
+            "offload_head": offload_head,
+            "offload_layers": offload_layers,
+        }
         module = load_decoder(checkpoint, hf_config, **options)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
@@ -231,6 +246,7 @@ def load_decoder(
     nf4: str | None,
     dtype: DTypeLike,
     offload_embedding: bool = False,
+    offload_head: bool = False,
     offload_layers: bool = False,
     mesh: Mesh | None = None,
     progress: bool = True,
@@ -245,6 +261,7 @@ def load_decoder(
       nf4: None for weights in `dtype`, "nf4" for NF4 blocks, "nf4-double" for NF4 with quantised scales.
       dtype: of everything that is not quantised.
       offload_embedding: keep the embedding table in the host's memory.
+      offload_head: keep the weight of lm_head there.
       offload_layers: keep the layers' NF4 weights there.
       mesh: of the devices that hold the weights; None for one.
       progress: show a progress bar.
@@ -293,6 +310,8 @@ def load_decoder(
             slot.variable.set_value(set_layer(like, new, slot.index))
         if offloaded:
             model.embed_tokens.offload()
+        elif offload_head and slot.owner is model.lm_head:
+            slot.variable.set_value(to_host(slot.variable.get_value()))
         # JAX works ahead of the device: without waiting, many tensors would be in memory at once.
         jax.block_until_ready(slot.variable.get_value())
     if offload_layers:

@@ -18,6 +18,7 @@ from lora_jax.model import CausalLM
 from lora_jax.models.decoder import Block, Decoder, full_names
 from lora_jax.models.linear import Embedding, Linear
 from lora_jax.models.moe import ExpertLinear, Router
+from lora_jax.models.streamed import to_device
 
 __all__ = [
     "DEFAULT_TARGETS",
@@ -390,7 +391,7 @@ def add_adapters(decoder: Decoder, config: LoraConfig, original: Callable[[str],
                 norms = norms_of_rows(module.weight.get_value(), stack)
                 module.lora_magnitude, module.weight_norm = nnx.LoRAParam(norms), nnx.Param(jnp.array(norms))
         if name.rpartition(".")[2] in config.modules_to_save:
-            module.trained = nnx.LoRAParam(jnp.array(module.weight.get_value(), jnp.float32))
+            module.trained = nnx.LoRAParam(jnp.array(to_device(module.weight.get_value()), jnp.float32))
 
 
 def _check_kinds_of_modules(decoder: Decoder, config: LoraConfig, targets: set[str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lora_jax.models.decoder import Decoder, DecoderConfig
-from lora_jax.models.streamed import Streamed, offload
+from lora_jax.models.streamed import Streamed, offload, on_device, to_host
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -81,6 +81,8 @@ class CausalLM:
 
         if self.streams_layers:
             raise NotImplementedError("the model's layers are in the host's memory: load it without offload_layers")
+        if self.head_on_host:
+            raise NotImplementedError("the model's head is in the host's memory: load it without offload_head")
         stored = sum(leaf.nbytes for leaf in jax.tree.leaves(self.split()[2]))
         mesh = make_mesh(mesh, model_bytes=stored)
         place(self, mesh)
@@ -108,6 +110,34 @@ class CausalLM:
                 "the device; leave it there"
             )
         self.module.embed_tokens.offload()
+
+    @property
+    def head_on_host(self) -> bool:
+        """Whether the weight of lm_head lies in the host's memory; see `offload_head`."""
+        head = self.module.lm_head
+        return head is not None and not on_device(head.weight.get_value())
+
+    def offload_head(self) -> None:
+        """Keeps the weight of lm_head in the host's memory: 1 GiB of the device for an 8B Llama 3.
+
+        A step copies it to the device for the loss, and has its place for the layers' backward pass. Generation and
+        `logits` copy it when they are called.
+
+        Raises:
+          ValueError: the head is the embedding table, is trained, or the backend has no pinned host memory.
+          NotImplementedError: the model is shared out over several devices.
+        """
+        head = self.module.lm_head
+        if head is None:
+            raise ValueError(
+                f"offload_head: the head of {self.name_or_path} is its embedding table, which tokens are looked up in; "
+                "leave it on the device"
+            )
+        if head.trained is not None:
+            raise ValueError('offload_head: the head is trained (modules_to_save=["lm_head"]), and has to be at hand')
+        if self.mesh is not None:
+            raise NotImplementedError("offload_head: the model is shared out over several devices; share it out more")
+        head.weight.set_value(to_host(head.weight.get_value()))
 
     def offload_layers(self) -> None:
         """Keeps the linear layers' weights in the host's memory, for models that do not fit the device even in NF4.

@@ -65,6 +65,7 @@ class Workload:
     offload_embedding: bool = False  # the embedding table is not on the device, but its rows for the tokens are
     scan_layers: bool = False  # layers are a loop also where a plan would let them be written out
     streamed: int = 0  # bytes of the layers' weights that the host's memory holds, and the device a layer's at a time
+    head_on_host: int = 0  # bytes of the head where the host's memory holds it, and the device only for the loss
     row_devices: int = 1  # that share out a row, of which `length` tokens are here, and its heads in attention
     dora: bool = False  # outputs are scaled by DoRA's gains, and feed-forward layers are no single operation
     whole_logits: bool = False  # a loss of one's own: logits of all tokens of a micro-batch at once
@@ -169,6 +170,7 @@ def of_step(model: "CausalLM", lora: Any, opt_state: Any, frozen: Any, batch: di
         nf4=any(isinstance(leaf, NF4Weight) for leaf in weights),
         offload_embedding="inputs_embeds" in batch,
         streamed=sum(codes.nbytes for codes in model.streamed_codes()),
+        head_on_host=model.head_on_host * _table_bytes(model.config, model.module.dtype.itemsize),
     )
 
 
@@ -183,6 +185,7 @@ def of_config(
     dtype: str | None = None,
     optim: str = "adamw_torch",
     offload_embedding: bool = False,
+    offload_head: bool = False,
     offload_layers: bool = False,
     mesh: Any = None,
 ) -> Workload:
@@ -231,13 +234,16 @@ def of_config(
     weights = _bytes(frozen)
     if mesh is not None:
         weights, share = bytes_here(frozen, mesh), share_of_adapters(shapes, mesh)
-    offload_embedding = offload_embedding and not config.tie_embeddings
-    table = math.prod(vocabulary) * module.dtype.itemsize
+    offload_embedding, offload_head = (on and not config.tie_embeddings for on in (offload_embedding, offload_head))
+    table = _table_bytes(config, module.dtype.itemsize)
     held = [part.weight.get_value() for _, _, part in module.block_linears() if offload_layers]
     streamed = sum(_bytes(weight.packed) for weight in held if isinstance(weight, NF4Weight))
     return Workload(
         config=config,
-        weights=weights + int(share * 4 * sum(map(math.prod, beside))) - offload_embedding * table - streamed,
+        weights=weights
+        + int(share * 4 * sum(map(math.prod, beside)))
+        - (offload_embedding + offload_head) * table
+        - streamed,
         adapters=int(share * _bytes(lora)),
         optimizer=0 if args.optim_is_paged else int(share * _bytes(state)),
         rank=_rank(lora_config),
@@ -249,7 +255,13 @@ def of_config(
         nf4=load_in_4bit,
         offload_embedding=offload_embedding,
         streamed=streamed,
+        head_on_host=offload_head * table,
     )
+
+
+def _table_bytes(config: "DecoderConfig", itemsize: int) -> int:
+    """Of the embedding table, or of the head."""
+    return config.vocab_size * config.hidden_size * itemsize
 
 
 def _rank(config: "LoraConfig") -> int:
@@ -261,16 +273,10 @@ def _bytes(tree: Any) -> int:
     """Bytes of arrays on one device."""
     import jax
 
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if _on_device(leaf)]
+    from lora_jax.models.streamed import on_device
+
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if on_device(leaf)]
     return sum(math.prod(_local_shape(leaf)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _on_device(leaf: Any) -> bool:
-    import numpy as np
-
-    if isinstance(leaf, np.ndarray):
-        return False
-    return getattr(getattr(leaf, "sharding", None), "memory_kind", None) != "pinned_host"
 
 
 def _local_shape(leaf: Any) -> tuple[int, ...]:
@@ -362,7 +368,7 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         workspace = max(workspace, here + (0 if looped else moved))
     gradients = 1 + (work.accumulation > 1) + _LAYOUTS[looped] + (len(groups) > 1)
     loss = _loss_bytes(work, card) + work.adapters * _LAYOUTS[looped]
-    loss += _LOSS_HIDDEN_ARRAYS * rows * work.config.hidden_size * a
+    loss += _LOSS_HIDDEN_ARRAYS * rows * work.config.hidden_size * a + work.head_on_host
     return Memory(
         weights=work.weights,
         adapters=work.adapters,
@@ -371,7 +377,7 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         kept={name: size for name, size in {**kept, "unnamed": unnamed}.items() if size},
         loss=int(loss),
         backward=int(gradients * work.adapters + workspace),
-        host=host + work.streamed,
+        host=host + work.streamed + work.head_on_host,
     )
 
 
@@ -532,6 +538,7 @@ def seconds(work: Workload, plan: RematPlan, card: Card) -> dict[str, float]:
         else:
             copies += count * sum(_waiting(moved, busy, fetch) for busy in (ahead, back + anew))
     head = 4 * m * work.config.vocab_size * work.config.hidden_size / (_MATMUL * card.tflops * 1e12)
+    copies += work.head_on_host / link
     micro = {"forward": forward, "backward": backward, "recomputation": again, "copies": copies, "head": head}
     parts = {name: work.accumulation * value for name, value in micro.items()}
     return {**parts, "optimizer": 7 * work.adapters / (_COPY * card.bandwidth * 1e9)}
@@ -848,6 +855,8 @@ def explain(work: Workload, card: Card, budget: int, plan: RematPlan | None = No
         return f'{text} With remat="auto" they fit.'
     if (without := _without_table(work)) is not None and _fits(without, card, budget, plan):
         return f"{text} With offload_embedding=True they fit."
+    if (without := _without_head(work)) is not None and _fits(without, card, budget, plan):
+        return f"{text} With offload_embedding=True and offload_head=True they fit."
     if rows := largest(work, card, budget, plan, "batch"):
         return f"{text} {rows} rows of this length fit."
     one = dataclasses.replace(work, batch=1)
@@ -864,8 +873,16 @@ def _without_table(work: Workload) -> Workload | None:
     """The step with the embedding table in the host's memory; None if it is there, or is the head too."""
     if work.offload_embedding or work.config.tie_embeddings:
         return None
-    table = work.config.vocab_size * work.config.hidden_size * work.itemsize
+    table = _table_bytes(work.config, work.itemsize)
     return dataclasses.replace(work, weights=work.weights - table, offload_embedding=True)
+
+
+def _without_head(work: Workload) -> Workload | None:
+    """The step with embedding table and head in the host's memory; None if the head is there, or is the table."""
+    if work.head_on_host or work.config.tie_embeddings:
+        return None
+    table, work = _table_bytes(work.config, work.itemsize), _without_table(work) or work
+    return dataclasses.replace(work, weights=work.weights - table, head_on_host=table)
 
 
 def _streaming(work: Workload) -> Workload | None:
@@ -887,6 +904,7 @@ def refuse_what_cannot_fit(
     load_in_4bit: bool,
     dtype: str | None,
     offload_embedding: bool = False,
+    offload_head: bool = False,
     offload_layers: bool = False,
 ) -> None:
     """Raises MemoryError if a run cannot fit this device, before its weights are loaded.
@@ -914,6 +932,7 @@ def refuse_what_cannot_fit(
         dtype=dtype,
         optim=args.optim,
         offload_embedding=offload_embedding,
+        offload_head=offload_head,
         offload_layers=offload_layers,
     )
     plan, card = None if args.remat == "auto" else RematPlan.of(args.remat), this_card()

@@ -33,6 +33,7 @@ OWN = (
     "eval_data",
     "load_in_4bit",
     "offload_embedding",
+    "offload_head",
     "offload_layers",
     "dtype",
     "resume",

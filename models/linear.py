@@ -24,7 +24,7 @@ from lora_jax.kernels.nf4.matmul import lora_matmul
 from lora_jax.kernels.nf4.shared_input import Projection, project
 from lora_jax.kernels.parallel import Shard, take_rows
 from lora_jax.kernels.rms_norm import branch_rms_norm, rms_norm
-from lora_jax.models.streamed import Streamed
+from lora_jax.models.streamed import Streamed, to_device
 
 __all__ = ["Embedding", "Linear", "RMSNorm", "decoded", "entry", "factors", "layer_of", "set_layer", "value"]
 
@@ -60,7 +60,8 @@ def entry(stack: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def decoded(stored: jax.Array | NF4Weight, index: int | tuple[int, int] | None) -> jax.Array:
-    """A weight [N, K], or entry `index` of a stack of them: as it is held, or float32 if that is NF4."""
+    """A weight [N, K], or entry `index` of a stack of them, on the device: as it is held, or float32 if that is NF4."""
+    stored = to_device(stored)
     one = stored if index is None else layer_of(stored, index)
     return _dequantize(one, jnp.float32) if isinstance(one, NF4Weight) else one
 
@@ -150,8 +151,10 @@ class Linear(nnx.Module):
         return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny)))
 
     def head(self, softcap: float | None = None) -> Head:
-        """This layer as the head of the loss."""
+        """This layer as the head of the loss, on the device if it is in the host's memory."""
         weight, axes = _share(self.weight)
+        if not isinstance(weight, NF4Weight) and jax.typeof(weight).memory_space == jax.memory.Space.Host:
+            weight = jax.device_put(weight, jax.memory.Space.Device)
         return Head(weight, value(self.trained), *factors(self), scale=self.scale, softcap=softcap, axes=axes)
 
 

@@ -81,10 +81,7 @@ def pin(module: "Decoder") -> None:
     Raises:
       ValueError: the backend has no such memory.
     """
-    device = jax.local_devices()[0]
-    if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
-        raise ValueError(f"JAX's backend {device.platform!r} offers no pinned host memory to keep weights in")
-    place = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    place = _pinned()
     moved: dict[int, tuple[jax.Array, ...]] = {}  # by stack
     for _, stack, part in module.block_linears():
         weight = part.weight.get_value()
@@ -97,6 +94,38 @@ def pin(module: "Decoder") -> None:
                 moved[stack.first] = tuple(codes.buffers)
             codes = dataclasses.replace(codes, buffers=moved[stack.first])
             part.weight.set_value(dataclasses.replace(weight, packed=codes))
+
+
+def _pinned() -> jax.sharding.Sharding:
+    device = jax.local_devices()[0]
+    if "pinned_host" not in {memory.kind for memory in device.addressable_memories()}:
+        raise ValueError(f"JAX's backend {device.platform!r} offers no pinned host memory to keep weights in")
+    return jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+
+
+def to_host(x: Any) -> Any:
+    """An array, or its ShapeDtypeStruct, in memory of the host that a GPU copies from without waiting for it.
+
+    Raises:
+      ValueError: the backend has no such memory.
+    """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_pinned())
+    return jax.device_put(x, _pinned())
+
+
+def on_device(x: Any) -> bool:
+    """Whether an array, or what stands for one, is in the device's memory and not in the host's."""
+    if isinstance(x, np.ndarray):
+        return False
+    return getattr(getattr(x, "sharding", None), "memory_kind", None) != "pinned_host"
+
+
+def to_device(x: Any) -> Any:
+    """An array of `to_host` on the device; anything else as it is."""
+    if not isinstance(x, jax.Array) or on_device(x):
+        return x
+    return jax.device_put(x, jax.sharding.SingleDeviceSharding(next(iter(x.devices()))))
 
 
 def offload(module: "Decoder") -> None:

@@ -122,7 +122,12 @@ def random_weights(frozen: Any, config: Any) -> Any:
 
 
 def random_model(
-    shape: dict[str, Any], *, nf4: bool = True, offload_embedding: bool = False, offload_layers: bool = False
+    shape: dict[str, Any],
+    *,
+    nf4: bool = True,
+    offload_embedding: bool = False,
+    offload_head: bool = False,
+    offload_layers: bool = False,
 ) -> "CausalLM":
     """`abstract_model` with `random_weights`; what is offloaded never lies on the device."""
     import jax
@@ -151,6 +156,8 @@ def random_model(
     drawn = jax.jit(functools.partial(random_weights, drawn, model.config))()
     frozen = jax.tree.map(lambda new, old: old if new is None else new, drawn, frozen, is_leaf=lambda x: x is None)
     nnx.update(model.module, frozen)
+    if offload_head:
+        model.offload_head()
     return model
 
 
@@ -193,11 +200,13 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     elif args.checkpoint:
         model, _ = lora_jax.from_pretrained(args.checkpoint, progress=False)
     else:
-        offloaded = {"offload_embedding": args.offload_embedding, "offload_layers": args.offload_layers}
-        model = random_model(shape, nf4=not args.bf16, **offloaded)
+        names = ("offload_embedding", "offload_head", "offload_layers")
+        model = random_model(shape, nf4=not args.bf16, **{name: getattr(args, name) for name in names})
     lora_jax.get_peft_model(model, r=args.rank, verbose=False)
     if args.checkpoint and args.offload_embedding:
         model.offload_embedding()
+    if args.offload_head and not model.head_on_host:
+        model.offload_head()
     optimizer, _ = make_optimizer(lora_jax.SFTConfig(output_dir="unused", learning_rate=2e-4, optim=args.optim), 1000)
     budget = args.memory_budget if args.remat_one == "auto" else None
     remat = json.loads(args.remat_one) if args.remat_one.startswith("[") else args.remat_one
@@ -264,6 +273,7 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
         "rank": args.rank,
         "optim": args.optim,
         "offload_embedding": args.offload_embedding,
+        "offload_head": args.offload_head,
         "offload_layers": args.offload_layers,
         "memory_limit": args.memory_limit,
         "memory_budget": budget,
@@ -313,6 +323,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--optim", default="adamw_torch", help="as in SFTConfig")
     parser.add_argument("--offload-embedding", action="store_true", help="keep the embedding table on the host")
+    parser.add_argument("--offload-head", action="store_true", help="keep the head on the host")
     parser.add_argument("--offload-layers", action="store_true", help="keep the layers' weights on the host")
     parser.add_argument("--memory-limit", help="behave as a card of so much, such as 12GB")
     parser.add_argument("--warmup", type=int, default=2)

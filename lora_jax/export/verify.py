@@ -148,7 +148,7 @@ def check_folder(target: str, folder: Path, trained: Answers, dtype: str, *, nf4
     from lora_jax.loading import load
 
     options: Any = dict.fromkeys(("max_seq_length", "mesh", "revision", "token"))
-    options |= {"offload_embedding": False, "offload_layers": False}
+    options |= {"offload_embedding": False, "offload_head": False, "offload_layers": False}
     try:
         model, _ = load(
             folder,
