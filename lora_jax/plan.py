@@ -811,7 +811,8 @@ def _small(work: Workload, card: Card) -> list[RematPlan]:
     """Plans of which the one or the other needs least memory; part of the inputs may be too much for the host."""
     layers = work.config.num_layers
     states = [_state(layers, ("input",), count) for count in (0, *_counts(work, card, ("input",)))]
-    return [_plan_of(state, parts) for state in states for parts in _parts(work, card)]
+    ways = _parts(work, card)
+    return [_plan_of(state, parts) for state in states for parts in ways]
 
 
 def largest(work: Workload, card: Card, budget: int, plan: RematPlan | None, field: str, step: int = 1) -> int:

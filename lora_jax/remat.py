@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from lora_jax.config import did_you_mean
+from lora_jax.kernels.attention.attention import IMPLEMENTATIONS
 from lora_jax.kernels.kept import Policy
 
 __all__ = ["ACTIONS", "ALL", "NAMES", "PRESETS", "QUANTIZABLE", "RematPlan"]
@@ -25,7 +26,6 @@ NAMES = ("input", "q", "k", "v", "attention", "attention_lse", "residual", "gate
 QUANTIZABLE = tuple(name for name in NAMES if name not in ("attention_lse", "thin"))
 ACTIONS = ("save", "recompute", "offload", "save_quantized")
 ALL = "*"  # in place of a name: every value, named or not
-ATTENTION = ("xla", "cudnn", "triton", "mosaic")  # the implementations of `lora_jax.kernels.flash_attention`
 
 Actions = tuple[tuple[str, str], ...]  # (name, action) in the order of NAMES; what is not listed is computed again
 
@@ -77,8 +77,9 @@ class RematPlan:
         rows = self.mlp_rows
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
             raise ValueError(f"mlp_rows is a number of tokens, at least 1, or None for all at once, got {rows!r}")
-        if self.flash_attention not in (None, *ATTENTION):
-            raise ValueError(f"flash_attention={self.flash_attention!r} is unknown; known are {', '.join(ATTENTION)}")
+        if self.flash_attention not in (None, *IMPLEMENTATIONS):
+            known = ", ".join(IMPLEMENTATIONS)
+            raise ValueError(f"flash_attention={self.flash_attention!r} is unknown; known are {known}")
 
     @classmethod
     def of(cls, value: "str | RematPlan | Sequence[Mapping[str, Any]]") -> "RematPlan":

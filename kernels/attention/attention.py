@@ -17,6 +17,7 @@ from lora_jax.kernels.parallel import index, size, to_heads, to_sequence
 
 __all__ = ["flash_attention"]
 
+IMPLEMENTATIONS = ("xla", "cudnn", "triton", "mosaic")
 MANY_QUERIES = 16384
 _FEW_QUERIES = 16  # below this the kernels, which share out blocks of queries, leave most of a GPU idle
 
@@ -92,9 +93,9 @@ def _attention(q, k, v, segment_start, query_offset, window, softcap, scale, sin
     plain = segment_start is None and window is None and softcap is None and sinks is None
 
     def why_not(name: str):
-        return lambda: _module(name).why_not(q, k, v, **features)
+        return None if name == "xla" else lambda: _module(name).why_not(q, k, v, **features)
 
-    supported = {"xla": None, **{name: why_not(name) for name in ("cudnn", "triton", "mosaic")}}
+    supported = {name: why_not(name) for name in IMPLEMENTATIONS}
     chosen = resolve("flash_attention", implementation, supported, _preference(plain, q.shape[1]))
     if chosen == "xla":
         if segment_start is None:
