@@ -200,9 +200,9 @@ def train(
     use_rslora: Annotated[bool | None, _option("--use-rslora", "Scale by alpha / sqrt(r) instead.")] = None,
     load_in_4bit: _FourBit = None,
     offload_embedding: Annotated[
-        bool | None, _option("--offload-embedding", "Keep the embedding table in the host's memory.")
+        bool | None, _option("--offload-embedding", "Keep the table in the host's memory; --offload-head: lm_head.")
     ] = None,
-    offload_head: Annotated[bool | None, _option("--offload-head", "Keep lm_head there, too.")] = None,
+    offload_head: Annotated[bool | None, typer.Option("--offload-head", hidden=True)] = None,
     offload_layers: Annotated[
         bool | None, _option("--offload-layers", "Keep the layers' 4-bit weights in the host's memory.")
     ] = None,
