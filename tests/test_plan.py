@@ -630,7 +630,8 @@ def test_plan_with_tensors_in_8_bits(config_only, monkeypatch, capsys):
     [
         (("--gpu", "12GB", "--batch", "64"), "rows of this length fit"),
         (("--gpu", "12GB", "--remat", "selective"), 'With remat="auto" they fit'),
-        (("--gpu", "6GB"), "With offload_layers=True"),
+        (("--gpu", "6GB"), "With offload_embedding=True and offload_head=True they fit."),
+        (("--gpu", "5GB"), "With offload_layers=True"),
         (("--gpu", "3GB"), "take a smaller model or a larger GPU"),
         (("--gpu", "TPU"), "none of the cards"),
         (("--gpu", "24GB", "--remat", "most"), "remat='most' is unknown"),
