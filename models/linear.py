@@ -24,7 +24,7 @@ from lora_jax.kernels.nf4.matmul import lora_matmul
 from lora_jax.kernels.nf4.shared_input import Projection, project
 from lora_jax.kernels.parallel import Shard, take_rows
 from lora_jax.kernels.rms_norm import branch_rms_norm, rms_norm
-from lora_jax.models.streamed import Streamed, to_device
+from lora_jax.models.streamed import Streamed, is_on_host, to_device
 
 __all__ = ["Embedding", "Linear", "RMSNorm", "decoded", "entry", "factors", "layer_of", "set_layer", "value"]
 
@@ -153,7 +153,7 @@ class Linear(nnx.Module):
     def head(self, softcap: float | None = None) -> Head:
         """This layer as the head of the loss, on the device if it is in the host's memory."""
         weight, axes = _share(self.weight)
-        if not isinstance(weight, NF4Weight) and jax.typeof(weight).memory_space == jax.memory.Space.Host:
+        if not isinstance(weight, NF4Weight) and is_on_host(weight):
             weight = jax.device_put(weight, jax.memory.Space.Device)
         return Head(weight, value(self.trained), *factors(self), scale=self.scale, softcap=softcap, axes=axes)
 

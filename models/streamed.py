@@ -17,7 +17,7 @@ from lora_jax.kernels.nf4 import NF4Weight
 if TYPE_CHECKING:
     from lora_jax.models.decoder import Decoder
 
-__all__ = ["Streamed", "is_on_host", "make_room", "offload", "pin"]
+__all__ = ["Streamed", "is_on_host", "make_room", "offload", "on_device", "pin", "to_device", "to_host"]
 
 
 @jax.tree_util.register_dataclass

@@ -1,5 +1,6 @@
 """What all tests share: the environment JAX starts in, markers, the real model, and the torch oracles."""
 
+import functools
 import gc
 import json
 import os
@@ -48,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # one test of those marked `turns(family)`, of all files.
 
 
+@functools.cache
 def _commit() -> str:
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return git.stdout.strip()[:12] if git.returncode == 0 else "no commit"

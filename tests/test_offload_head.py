@@ -7,15 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax import LoraConfig, SFTConfig, SFTTrainer, from_pretrained, get_peft_model, make_train_step, plan
+from lora_jax import LoraConfig, SFTConfig, from_pretrained, make_train_step, plan
 from lora_jax.cards import card_of
-from lora_jax.export.merge import merged_tensors
 from lora_jax.hf_checkpoint import read_json
 from lora_jax.models.streamed import on_device
 from lora_jax.optim import make_optimizer
 from lora_jax.remat import RematPlan
 from lora_jax.tools.bench_step import SHAPES, hf_config
 from tests import tiny
+from tests.offloading import adapted, used
 
 HEAD = tiny.VOCAB * 64 * 4  # bytes
 HEADS = {"blocks": {}, "adapter": {"target_modules": ["q_proj", "lm_head"]}}
@@ -30,10 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(folder: Path, offload: bool, **lora: Any):
     model, tokenizer = from_pretrained(folder, offload_head=offload, progress=False)
     assert model.head_on_host is offload
-    get_peft_model(model, r=2, verbose=False, **lora)
-    rng = np.random.default_rng(1)  # B is not zero
-    _, state, _ = model.split()
-    model.update_lora(jax.tree.map(lambda x: jax.numpy.asarray(x + 0.1 * rng.normal(size=x.shape), x.dtype), state))
+    adapted(model, **lora)
     return model, tokenizer
 
 
@@ -86,18 +83,7 @@ def test_the_trainer_evaluation_generation_and_merging_are_the_same(folder, tmp_
     results = []
     for offload in (True, False):
         model, tokenizer = load(folder, offload, **HEADS["adapter"])
-        rng = np.random.default_rng(3)
-        rows = [{"input_ids": rng.integers(0, tiny.VOCAB, 12).tolist()} for _ in range(6)]
-        args = SFTConfig(
-            output_dir=tmp_path / str(offload), max_steps=3, max_length=16, save_strategy="no", report_to="none"
-        )
-        trainer = SFTTrainer(
-            model=model, args=args, train_dataset=rows, eval_dataset=rows[:3], processing_class=tokenizer
-        )
-        loss = trainer.train().training_loss
-        ids = np.array([rows[0]["input_ids"]])
-        found = (loss, trainer.evaluate()["eval_loss"], np.asarray(model.logits(ids)))
-        results.append((*found, model.generate(ids, max_new_tokens=5), merged_tensors(model)["lm_head.weight"].read()))
+        results.append(used(model, tokenizer, tmp_path / str(offload), "lm_head.weight"))
         assert model.head_on_host is offload
     jax.tree.map(np.testing.assert_array_equal, *results)
 
