@@ -293,11 +293,12 @@ def load_decoder(
         name, slot = names[0], slots[names[0]]
         like = slot.variable.get_value()
         offloaded = offload_embedding and slot.owner is model.embed_tokens
+        head_there = offload_head and slot.owner is model.lm_head
         where = None if mesh is None or offloaded else shardings_of(name, like, mesh)
         if slot.index is not None and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(like)):
             like = _zeros(like, where)
         if where is None:
-            new = _read(checkpoint, name, states[name], like)
+            new = _read(checkpoint, name, states[name], like, on_host=offloaded or head_there)
         elif isinstance(slot.index, tuple):
             new = _read_experts(checkpoint, names, [states[one] for one in names], like, where)
         else:
@@ -310,7 +311,7 @@ def load_decoder(
             slot.variable.set_value(set_layer(like, new, slot.index))
         if offloaded:
             model.embed_tokens.offload()
-        elif offload_head and slot.owner is model.lm_head:
+        elif head_there:
             slot.variable.set_value(to_host(slot.variable.get_value()))
         # JAX works ahead of the device: without waiting, many tensors would be in memory at once.
         jax.block_until_ready(slot.variable.get_value())
@@ -382,14 +383,16 @@ def _resolve_dtype(dtype: DTypeLike) -> np.dtype:
     return np.dtype(_DTYPES[name])
 
 
-def _read(checkpoint: Checkpoint, name: str, state: QuantState | None, like) -> jax.Array | NF4Weight:
-    """One tensor on the device, in the form of `like`."""
+def _read(
+    checkpoint: Checkpoint, name: str, state: QuantState | None, like, *, on_host: bool = False
+) -> jax.Array | np.ndarray | NF4Weight:
+    """One tensor on the device, in the form of `like`; for the host one that is stored plainly never gets there."""
     if state is not None:
         weight = _read_nf4(checkpoint, name, state)
         return weight if isinstance(like, NF4Weight) else dequantize(weight, like.dtype)
     array = _floats(checkpoint, name, checkpoint.read(name))
     if not isinstance(like, NF4Weight):
-        return jnp.asarray(array, like.dtype)
+        return np.array(array, like.dtype) if on_host else jnp.asarray(array, like.dtype)
     return _quantize(jnp.asarray(array), like.double_quantized)
 
 

@@ -296,7 +296,7 @@ _MORE_FUSED = 3.5  # in 16 bits, where one weight makes gate and up: these and t
 _HIDDEN_ARRAYS, _DECODED, _LAYOUTS = (6.25, 6.0), (2.65, 3.0), (0.0, 1.0)
 _LEAST_HIDDEN_ARRAYS, _LEAST_DECODED = 2.0, 1.0
 _MORE_IN_PARTS = 2.5  # of the hidden arrays, where feed-forward layers take rows in parts
-_BACKWARD_OF_CUDNN = 4.0  # [M, heads] arrays of attention's backward, which a compiler counts only where there is a GPU
+_BACKWARD_OF_CUDNN = 3.0  # [M, heads] arrays of attention's backward, which a compiler counts only where there is a GPU
 _DECODED_EXPERTS, _LEAST_DECODED_EXPERTS = (2.0, 3.0), 1.4
 _PAIR_ARRAYS = 3.5  # [M k, D] of the tokens' pairs with experts: inputs, outputs, and their gradients
 _LOSS_HIDDEN_ARRAYS = 3.0
@@ -331,7 +331,7 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
     a, rows, groups = work.itemsize, work.tokens, plan.resolve(work.config.num_layers)
     kept: dict[str, int] = dict.fromkeys(NAMES, 0)
     looped = _looped(work, plan)
-    host, unnamed, workspace = 0, 0, 0.0
+    host, unnamed, workspace, ahead = 0, 0, 0.0, 0.0
     for layer, count, actions in _by_kind(work.config, groups):
         w, moved = layer_widths(work.config, layer), 0
         for name, size in work.kept_bytes(layer, actions).items():
@@ -366,9 +366,11 @@ def memory(work: Workload, plan: RematPlan, card: Card) -> Memory:
         # While one layer's tensors are in use, those of the next are on their way.
         here += _streamed(work, w) * (1 if looped else 2)
         workspace = max(workspace, here + (0 if looped else moved))
+        if not looped:  # the last layer's turn comes after the loss, and what it needs is made or fetched early
+            ahead = moved + a * work.nf4 * w.hidden * w.mlp
     gradients = 1 + (work.accumulation > 1) + _LAYOUTS[looped] + (len(groups) > 1)
     loss = _loss_bytes(work, card) + work.adapters * _LAYOUTS[looped]
-    loss += _LOSS_HIDDEN_ARRAYS * rows * work.config.hidden_size * a + work.head_on_host
+    loss += _LOSS_HIDDEN_ARRAYS * rows * work.config.hidden_size * a + work.head_on_host + ahead
     return Memory(
         weights=work.weights,
         adapters=work.adapters,

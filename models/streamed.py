@@ -103,14 +103,12 @@ def _pinned() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
 
 
-def to_host(x: Any) -> Any:
-    """An array, or its ShapeDtypeStruct, in memory of the host that a GPU copies from without waiting for it.
+def to_host(x: jax.Array | np.ndarray) -> jax.Array:
+    """An array in memory of the host that a GPU copies from without waiting for it.
 
     Raises:
       ValueError: the backend has no such memory.
     """
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_pinned())
     return jax.device_put(x, _pinned())
 
 

@@ -145,19 +145,21 @@ def random_model(
                 if not buffer.any():
                     buffer[:] = np.resize(drawn, buffer.size)
         pin(model.module)
-    if offload_embedding:
-        table = model.module.embed_tokens.weight
-        like = table.get_value()
-        rows = (0.02 * np.random.default_rng(0).standard_normal((1024, like.shape[1]), np.float32)).astype(like.dtype)
-        table.set_value(np.resize(rows, like.shape))
-        model.offload_embedding()
+    for offload, part in (
+        (model.offload_embedding if offload_embedding else None, model.module.embed_tokens),
+        (model.offload_head if offload_head else None, model.module.lm_head),
+    ):
+        if offload is not None:
+            if part is not None:
+                like = part.weight.get_value()
+                rows = 0.02 * np.random.default_rng(0).standard_normal((1024, like.shape[1]), np.float32)
+                part.weight.set_value(np.resize(rows.astype(like.dtype), like.shape))
+            offload()
     frozen = nnx.state(model.module)
     drawn = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else None, frozen)
     drawn = jax.jit(functools.partial(random_weights, drawn, model.config))()
     frozen = jax.tree.map(lambda new, old: old if new is None else new, drawn, frozen, is_leaf=lambda x: x is None)
     nnx.update(model.module, frozen)
-    if offload_head:
-        model.offload_head()
     return model
 
 
@@ -206,6 +208,9 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     if args.checkpoint and args.offload_embedding:
         model.offload_embedding()
     if args.offload_head and not model.head_on_host:
+        if args.compile_only:  # a shape does not say where it lies
+            head = model.module.lm_head.weight
+            head.set_value(np.zeros(head.get_value().shape, model.module.dtype))
         model.offload_head()
     optimizer, _ = make_optimizer(lora_jax.SFTConfig(output_dir="unused", learning_rate=2e-4, optim=args.optim), 1000)
     budget = args.memory_budget if args.remat_one == "auto" else None
@@ -375,7 +380,8 @@ def _measured(
     if args.trace:
         print(done.stderr, file=sys.stderr)
     if line is None:
-        error = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
+        said = [row for row in done.stderr.splitlines() if row.strip()]
+        error = next((row for row in reversed(said) if "Error" in row), (said or ["no output"])[-1])[:300]
         print(f"{args.model} {case} {label}: {error}", flush=True)
         return {"model": args.model, "case": case, "remat": label, "error": error}
     result = json.loads(line.removeprefix("RESULT "))
