@@ -98,7 +98,7 @@ def long_text() -> str:
     )
 
 
-@pytest.mark.turns("SmolLM2 against torch")
+@pytest.mark.turns("long runs of torch")
 def test_smollm2_logits_equal_transformers(smol, smollm2, oracle, tmp_path):
     model, tokenizer = smol
     inputs = {f"prompt_{i}": np.array(tokenizer(text)["input_ids"]) for i, text in enumerate(PROMPTS)}
@@ -121,7 +121,7 @@ def test_smollm2_logits_equal_transformers(smol, smollm2, oracle, tmp_path):
     assert max(worst.values()) <= 2e-4
 
 
-@pytest.mark.turns("SmolLM2 against torch")
+@pytest.mark.turns("long runs of torch")
 def test_greedy_generation_equals_transformers(smol, smollm2, oracle, tmp_path):
     model, tokenizer = smol
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
@@ -219,7 +219,7 @@ def adapted(smollm2):
     return model, tokenizer
 
 
-@pytest.mark.turns("SmolLM2 against torch")
+@pytest.mark.turns("long runs of torch")
 def test_peft_loads_our_adapter(adapted, smollm2, oracle, tmp_path):
     model, tokenizer = adapted
     ids = np.array(tokenizer(PROMPTS[2])["input_ids"])
@@ -243,7 +243,7 @@ def _without_adapter(folder: Path) -> CausalLM:
     return lora_jax.from_pretrained(folder, dtype="float32", progress=False)[0]
 
 
-@pytest.mark.turns("SmolLM2 against torch")
+@pytest.mark.turns("long runs of torch")
 def test_transformers_loads_the_merged_folder(adapted, oracle, tmp_path):
     model, tokenizer = adapted
     model.save_pretrained_merged(tmp_path / "merged", tokenizer, dtype="float32", max_shard_size=10**8, verbose=False)

@@ -121,7 +121,7 @@ def test_another_base(base, folders, tmp_path, capfd):
     assert model.lora_config is None
 
 
-@pytest.mark.turns("adapters in PEFT")
+@pytest.mark.turns("long runs of torch")
 @pytest.mark.oracle
 def test_combinations_equal_pefts(base, folders, oracle, tmp_path):
     (tmp_path / "out").mkdir()

@@ -296,7 +296,7 @@ def assert_same_logits(got, want) -> None:
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
-@pytest.mark.turns("adapters in PEFT")
+@pytest.mark.turns("long runs of torch")
 @pytest.mark.oracle
 def test_peft_loads_both_layouts_with_the_same_logits(by_peft, models):
     _, theirs, held = by_peft
@@ -312,7 +312,7 @@ def test_peft_loads_both_layouts_with_the_same_logits(by_peft, models):
         assert not [text for text in warnings[name] if "missing" in text or "unexpected" in text], name
 
 
-@pytest.mark.turns("adapters in PEFT")
+@pytest.mark.turns("long runs of torch")
 @pytest.mark.oracle
 def test_what_peft_saves_is_loaded(by_peft, models):
     """Adapters of ours that went through PEFT, and adapters that PEFT made for all experts."""

@@ -105,7 +105,7 @@ def test_base_weights_beside_an_adapter(models, tmp_path):
             load_adapter(tiny.open_model(models["llama"]), tmp_path / "other")
 
 
-@pytest.mark.turns("adapters in PEFT")
+@pytest.mark.turns("long runs of torch")
 @pytest.mark.oracle
 def test_peft_gives_the_same_logits_and_gradients(models, oracle, tmp_path):
     held, requests = {}, []

@@ -60,9 +60,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
+_VALUES = [
+    pytest.param(implementation, case, id=f"{implementation}-{number}", marks=marks)
+    for number, case in enumerate(CASES)
+    for implementation, marks in (("xla", pytest.mark.rotate(f"{number}")), ("cudnn", pytest.mark.gpu))
+]
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("implementation", "case"), _VALUES)
 def test_values_and_gradients_against_float64(case, dtype, implementation):
     case = dict(case)
     packed, length, with_sinks = case.pop("packed", False), case.pop("length"), case.pop("sinks", False)

@@ -54,7 +54,7 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.rotate(f"{i // 2}")) for i, name in enumerate(CASES)]
+    "name", [pytest.param(name, marks=pytest.mark.rotate(f"{i // 3}")) for i, name in enumerate(CASES)]
 )
 def test_values_and_gradients_against_float64(name, dtype):
     case = dict(CASES[name])

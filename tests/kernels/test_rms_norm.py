@@ -9,9 +9,14 @@ import pytest
 
 from lora_jax.kernels.rms_norm import add_rms_norm, branch_rms_norm, rms_norm
 
+NORMS = [
+    pytest.param(norm, implementation, marks=pytest.mark.rotate(f"{norm.__name__} {implementation}"))
+    for norm in (rms_norm, add_rms_norm, branch_rms_norm)
+    for implementation in ("xla", "triton")
+]
 
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
-@pytest.mark.parametrize("norm", [rms_norm, add_rms_norm, branch_rms_norm], ids=lambda f: f.__name__)
+
+@pytest.mark.parametrize(("norm", "implementation"), NORMS)
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 8), (37, 77), (3, 4096)])  # of 77 and less a program has several rows
