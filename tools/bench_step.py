@@ -208,9 +208,8 @@ def run_case(args: argparse.Namespace) -> dict[str, Any]:
     if args.checkpoint and args.offload_embedding:
         model.offload_embedding()
     if args.offload_head and not model.head_on_host:
-        if args.compile_only:  # a shape does not say where it lies
-            head = model.module.lm_head.weight
-            head.set_value(np.zeros(head.get_value().shape, model.module.dtype))
+        if args.compile_only and (head := model.module.lm_head) is not None:  # a shape does not say where it lies
+            head.weight.set_value(np.zeros(head.weight.get_value().shape, model.module.dtype))
         model.offload_head()
     optimizer, _ = make_optimizer(lora_jax.SFTConfig(output_dir="unused", learning_rate=2e-4, optim=args.optim), 1000)
     budget = args.memory_budget if args.remat_one == "auto" else None
